@@ -1,0 +1,91 @@
+"""A trained network as an ONNX file, for Ascend's or any other inference engine."""
+import importlib.util
+import math
+import warnings
+
+import numpy as np
+import torch
+
+from device import check_fits
+from voc import prepare
+
+TOLERANCE = 1e-4  # of the largest logit
+OPSET = 11  # the oldest with PyTorch's way to resize, for engines that lag behind
+TRACED, OTHERS = (2, 96, 120), ((1, 65, 33), (3, 40, 150))  # batch, height, width to check a dynamic file
+
+
+class ExportError(ValueError):
+    """A network that cannot be exported; the message is one line for the user."""
+
+
+class WithPreparation(torch.nn.Module):
+    """A network as it is exported: images float32 [N, 3, H, W], RGB, 0..255 -> logits [N, C, H, W]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(prepare(images, self.model.form))["out"]
+
+
+def export(model, names, path, size=None):
+    """Writes the network as an ONNX file, if ONNX Runtime then computes what PyTorch does.
+
+    names: of the classes; size: (height, width) of one fixed shape, batch 1; None: any batch and size
+    -> the largest difference of the logits, relative to the largest. Raises ExportError.
+    """
+    missing = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ExportError(f"--export needs packages that are not there; pip install {' '.join(missing)}")
+    if not path.resolve().parent.is_dir() or path.is_dir():
+        raise ExportError(f"--export {path}: no file can be written there; name one in a folder that exists")
+    network = WithPreparation(model).eval()
+    traced, others = ((1, *size), ()) if size else (TRACED, OTHERS)
+    check_fits(3 * math.prod(traced), f"--export_size {traced[1]} {traced[2]}")
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write_onnx(network, names, traced, temporary, dynamic=bool(others))
+        difference = max(onnx_difference(network, temporary, shape) for shape in (traced, *others))
+        if not difference <= TOLERANCE:
+            raise ExportError(f"{path}: not written, as ONNX Runtime's logits differ from PyTorch's by "
+                              f"{difference:.1e} of the largest; at most {TOLERANCE} is right")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return difference
+
+
+def write_onnx(network, names, shape, path, dynamic):
+    """Traces the network on images of a shape (batch, height, width); `dynamic`: the file takes any shape.
+
+    The file's metadata have the names of the classes under `classes`, one a line.
+    """
+    import onnx  # only here: nothing else needs it
+
+    axes = {0: "batch", 2: "height", 3: "width"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter is the older of PyTorch's two
+        # The newer one (dynamo=True) needs onnxscript, whose releases for PyTorch 2.6 fix the size.
+        torch.onnx.export(network, (random_images(shape),), path, input_names=["images"], output_names=["logits"],
+                          opset_version=OPSET, dynamo=False,
+                          dynamic_axes={"images": axes, "logits": axes} if dynamic else None)
+    file = onnx.load(path)
+    onnx.helper.set_model_props(file, {"classes": "\n".join(names)})
+    onnx.save(file, path)
+
+
+def onnx_difference(network, path, shape):
+    """The largest difference between ONNX Runtime's and PyTorch's logits, relative to the largest logit."""
+    import onnxruntime  # likewise only here
+
+    images = random_images(shape)
+    with torch.inference_mode():
+        expected = network(images).numpy()
+    got, = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})
+    return float(np.abs(got - expected).max() / max(1, np.abs(expected).max()))
+
+
+def random_images(shape):
+    batch, height, width = shape
+    return torch.randint(0, 256, (batch, 3, height, width), generator=torch.Generator().manual_seed(0)).float()

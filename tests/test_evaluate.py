@@ -1,0 +1,158 @@
+"""evaluate.py: metrics held against scikit-learn, resizing against PyTorch's own, very large and very thin pictures."""
+import json
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, run, train
+from PIL import Image
+
+import evaluate as ev
+from fcn8s import FCN8s
+from voc import IGNORE, VOC, prepare
+
+
+def test_metrics_equal_scikit_learns_on_real_labels(real_voc):
+    """Predictions made from the labels by shifting them and mixing in noise; classes absent from the labels, from the
+    predictions, and from both, and void pixels, all occur."""
+    rng = np.random.default_rng(0)
+    data = VOC(real_voc, "val")
+    confusion, truths, guesses = np.zeros((21, 21), np.int64), [], []
+    for i in range(40):
+        label = data[i][1].numpy()
+        guess = np.where(np.roll(label, 9, 1) == IGNORE, 0, np.roll(label, 9, 1))
+        guess = np.where(rng.random(label.shape) < 0.02, 2, guess).astype(np.uint8)
+        guess[guess == 8] = 0  # a class that is never predicted
+        confusion += ev.confusion_matrix(label, guess, 21)
+        truths.append(label[label != IGNORE])
+        guesses.append(guess[label != IGNORE])
+    truth, guess = np.concatenate(truths), np.concatenate(guesses)
+    np.testing.assert_array_equal(confusion, sklearn.metrics.confusion_matrix(truth, guess, labels=range(21)))
+    scores = ev.scores_of(confusion)
+
+    in_either = sorted(set(truth) | set(guess))
+    iou = sklearn.metrics.jaccard_score(truth, guess, labels=in_either, average=None)
+    recall = sklearn.metrics.recall_score(truth, guess, labels=sorted(set(truth)), average=None)
+    assert 5 < len(in_either) < 21 and len(in_either) > len(recall)
+    assert scores["aAcc"] == pytest.approx(100 * sklearn.metrics.accuracy_score(truth, guess), abs=1e-9)
+    assert scores["mIoU"] == pytest.approx(100 * iou.mean(), abs=1e-9)
+    assert scores["mAcc"] == pytest.approx(100 * recall.mean(), abs=1e-9)
+    np.testing.assert_allclose(np.array(scores["IoU"])[in_either], 100 * iou, atol=1e-9)
+    assert np.isnan(scores["IoU"]).sum() == 21 - len(in_either)
+
+
+def test_a_perfect_prediction_scores_100_and_absent_classes_do_not_count():
+    scores = ev.scores_of(np.diag([5, 0, 7]))
+    assert scores["aAcc"] == scores["mIoU"] == scores["mAcc"] == 100
+    assert np.isnan(scores["IoU"][1]) and "-" in ev.format_table(scores, ("a", "b", "c")).splitlines()[2]
+
+
+@pytest.mark.parametrize("size", ((1, 1), (375, 500), (64, 48), (3, 500)))
+def test_strips_give_what_resizing_at_once_gives(size, monkeypatch):
+    torch.manual_seed(0)
+    logits = torch.randn(21, 64, 48)
+    whole = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0].argmax(0)
+    monkeypatch.setattr(ev, "STRIP_VALUES", 21 * 500 * 7)
+    strips = ev.class_map([logits], size)
+    assert strips.shape == size and strips.dtype == torch.uint8
+    assert (strips == whole).float().mean() >= 0.999  # ties aside
+
+
+def test_batches_hold_images_of_one_shape_and_each_image_once():
+    sizes = [(375, 500), (500, 375), (375, 500), (333, 500), (375, 500)]
+    batches = ev.one_shape_batches(sizes, 2)
+    assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4]
+    assert all(len({sizes[i] for i in batch}) == 1 and len(batch) <= 2 for batch in batches)
+
+
+def test_batch_size_and_workers_do_not_change_the_confusion_matrix(drawn_voc):
+    torch.manual_seed(0)
+    model, data = FCN8s(21, "resnet50"), VOC(drawn_voc, "train")
+    torch.nn.init.normal_(model.decode_head.score_fr.weight)
+    sizes = data.check(21)
+    one, three = (ev.evaluate(model, data, sizes, (64, 32), torch.device("cpu"), batch_size=batch, workers=workers)
+                  for batch, workers in ((1, 0), (3, 2)))
+    assert one.sum() == sum((data[i][1] != IGNORE).sum() for i in range(len(data)))
+    assert np.abs(one - three).sum() <= 1e-3 * one.sum()
+    assert model.training
+
+
+@pytest.fixture(scope="module")
+def checkpoint(drawn_voc, tmp_path_factory):
+    work_dir = tmp_path_factory.mktemp("evaluated") / "run"
+    train(drawn_voc, work_dir, "--max_iters", 2)
+    return work_dir / "ckpt/latest.pth"
+
+
+def evaluate(checkpoint, data, *flags, status=0):
+    return run(ROOT / "evaluate.py", checkpoint, "--data_path", data, "--device", "cpu", "--workers", 0, *flags, status=status)
+
+
+def test_table_and_json_agree(checkpoint, drawn_voc, tmp_path):
+    output = evaluate(checkpoint, drawn_voc, "--json", tmp_path / "scores.json", "--max-images", 3)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["images"] == 3 and len(scores["classes"]) == 21 and scores["images_per_second"] > 0
+    assert f"aAcc {scores['aAcc']:.2f}  mIoU {scores['mIoU']:.2f}  mAcc {scores['mAcc']:.2f}" in output.stdout
+    assert scores["classes"]["train"] == {"IoU": None, "Acc": None}
+    present = [line.split() for line in output.stdout.splitlines() if line.startswith("background")]
+    assert float(present[0][1]) == pytest.approx(scores["classes"]["background"]["IoU"], abs=0.005)
+    assert output.stderr == ""  # a progress bar is for terminals
+
+
+@pytest.mark.parametrize("backbone", ("resnet50_d8", "resnet50"))
+def test_padding_is_cropped_from_the_logits_before_they_are_enlarged(backbone):
+    """For *_d8 done by hand: the score layer's output on the padded image, cropped at stride 8, resized."""
+    torch.manual_seed(0)
+    model = FCN8s(21, backbone).eval()
+    images = torch.randint(0, 256, (1, 3, 50, 75), dtype=torch.uint8)
+    got = ev.predict(model, images, pad_to=96)[0]
+    assert got.shape == (1, 21, 50, 75)
+    padded = F.pad(prepare(images), (0, 21, 0, 46))
+    with torch.no_grad():
+        if backbone == "resnet50":
+            expected = model(padded)["out"][..., :50, :75]
+        else:
+            scores = []
+            hook = model.decode_head.conv_seg.register_forward_hook(lambda *args: scores.append(args[-1]))
+            model(padded)
+            hook.remove()
+            expected = F.interpolate(scores[0][..., :7, :10], (50, 75), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(got, expected)
+
+
+def test_windows_cover_the_image_and_their_logits_are_averaged():
+    """A network that answers with its input: whatever the windows, the average is the input again."""
+    class Echo(torch.nn.Module):
+        def forward(self, x):
+            seen.append(tuple(x.shape[-2:]))
+            return {"out": x}
+    for size, count in (((100, 130), 12), ((64, 64), 1), ((40, 200), 4), ((97, 64), 2)):
+        seen, inputs = [], torch.randn(1, 3, *size)
+        torch.testing.assert_close(ev.slide_windows(Echo(), inputs, 64, 40), inputs)
+        windows = [max(int(np.ceil((side - 64) / 40)), 0) + 1 for side in size]
+        assert len(seen) == windows[0] * windows[1]
+        assert set(seen) == {(min(size[0], 64), min(size[1], 64))}
+
+
+def test_the_references_ways_to_evaluate_run_as_commands(checkpoint, drawn_voc):
+    plain = evaluate(checkpoint, drawn_voc).stdout
+    for flags in (("--ratios", 0.5, 1.0, 1.5, "--flip"), ("--slide", 48, 32), ("--scale", 96, 96, "--pad_to", 96)):
+        assert "mIoU" in evaluate(checkpoint, drawn_voc, *flags).stdout
+    assert evaluate(checkpoint, drawn_voc, "--ratios", 1.0).stdout.splitlines()[:-1] == plain.splitlines()[:-1]
+    for flags, words, status in ((("--slide", 32, 48), "CROP comes first", 2), (("--pad_to", 8), "do not fit", 1),
+                                 (("--pad_to", 96, "--slide", 64, 32), "do not go together", 2),
+                                 (("--ratios", 0), "above 0", 2), (("--ratios", 1e308), "up to 100", 2),
+                                 (("--pad_to", 1_000_000), "take less", 1), (("--ratios", 0.001), "leaves no pixel", 1),
+                                 (("--backbone", "vgg16"), "leave out --backbone", 1), (("--at_once",), "--at_once", 1)):
+        line = evaluate(checkpoint, drawn_voc, *flags, status=status).stderr.strip()
+        assert words in line and "\n" not in line, line
+
+
+def test_pictures_one_pixel_wide_and_very_long_are_scored(checkpoint, own_drawn_voc):
+    for image_id, size in (("thin", (1, 300)), ("flat", (3000, 2)), ("dot", (1, 1))):
+        Image.new("RGB", size, (90, 20, 30)).save(own_drawn_voc / "JPEGImages" / f"{image_id}.jpg")
+        Image.new("L", size, 3).save(own_drawn_voc / "SegmentationClass" / f"{image_id}.png")
+    (own_drawn_voc / "ImageSets/Segmentation/odd.txt").write_text("thin\nflat\ndot\n")
+    assert "bird" in evaluate(checkpoint, own_drawn_voc, "--split", "odd", "--scale", 64, 64).stdout

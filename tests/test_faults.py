@@ -1,0 +1,170 @@
+"""What a run survives, and that the rest ends with one clear line and without a hang."""
+import os
+import random
+import shutil
+import signal
+import socket
+
+import pytest
+from conftest import (ROOT, assert_same_run, error_line, finish, metrics, run, start, state, train, train_flags,
+                      wait_for_iteration)
+
+TRAIN = ROOT / "train.py"
+FLAGS = ("--max_iters", 20, "--checkpoint_interval", 4, "--eval_interval", 10)
+
+
+@pytest.fixture(scope="module")
+def whole(drawn_voc, tmp_path_factory):
+    """The folder of a run to which nothing happened."""
+    work_dir = tmp_path_factory.mktemp("whole") / "run"
+    train(drawn_voc, work_dir, *FLAGS)
+    return work_dir
+
+
+def test_a_killed_and_a_stopped_run_go_on_as_if_nothing_happened(whole, drawn_voc, tmp_path):
+    """SIGKILL at a random moment; then Ctrl-C, which a terminal sends to the processes that load images, too."""
+    work_dir, moment = tmp_path / "run", random.randint(1, 8)
+    print(f"killed after iteration {moment}")  # shown where the test fails
+    process = start(drawn_voc, work_dir, *FLAGS)
+    wait_for_iteration(process, work_dir, moment)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    process = start(drawn_voc, work_dir, *FLAGS, "--resume", "auto", "--workers", 1)
+    wait_for_iteration(process, work_dir, 10)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "stopped by SIGINT at iteration" in finish(process, 128 + signal.SIGINT)
+    stopped_at = state(work_dir / "ckpt/latest.pth")["progress"]["iteration"]
+    assert 10 <= stopped_at < 20 and metrics(work_dir)[-1]["iter"] == stopped_at
+    train(drawn_voc, work_dir, *FLAGS, "--resume", "auto")
+    assert_same_run(work_dir, whole)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(whole, drawn_voc, tmp_path):
+    work_dir = shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    newest = work_dir / "ckpt/iter_20.pth"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    newest.write_bytes(content)
+    output = train(drawn_voc, work_dir, *FLAGS, "--resume", "auto").stdout
+    assert "iter_20.pth: the file is damaged" in output and "iter_16.pth, iteration 16\n" in output
+    assert_same_run(work_dir, whole)
+
+
+def test_another_batch_size_is_said_and_another_seed_refused(whole, drawn_voc, tmp_path):
+    flags = (*FLAGS, "--resume", whole / "ckpt/iter_16.pth")
+    assert "--seed 0, not 1" in error_line(TRAIN, *train_flags(drawn_voc, tmp_path / "run"), *flags, "--seed", 1)
+    (tmp_path / "names.txt").write_text("\n".join(map(str, range(21))))
+    assert "its classes have other names (background, aeroplane" in error_line(
+        TRAIN, *train_flags(drawn_voc, tmp_path / "run"), *flags, "--classes", tmp_path / "names.txt",
+        "--train_split", "trainaug")
+    output = train(drawn_voc, tmp_path / "run", *flags, "--batch_size", 3, "--max_iters", 18).stdout
+    assert "an iteration had 1 x 2 images and now has 1 x 3, from sample 32 on; --max_iters 20 -> 18\n" in output
+    assert state(tmp_path / "run/ckpt/latest.pth")["progress"]["samples"] == 32 + 2 * 3
+
+
+SAVE = """
+import os, random, resource, signal, sys, time
+from pathlib import Path
+import torch
+from work_folder import RunError, WorkFolder
+
+folder = WorkFolder(Path(sys.argv[1]), "0", writes=True, keep=2)
+last = 0
+for kill in range(20):
+    folder.open(last)
+    child = os.fork()
+    if child == 0:
+        number = last
+        while True:
+            number += 1
+            values = torch.full((300_000,), float(number))
+            folder.save({"progress": {"iteration": number}, "values": values}, number, True)
+    time.sleep(random.uniform(0.005, 0.05))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    found = folder.newest()
+    if found is None:
+        assert last == 0
+        continue
+    path, checkpoint = found
+    number = checkpoint["progress"]["iteration"]
+    assert path.name == f"iter_{number}.pth" == os.readlink(folder.latest) and number >= last
+    assert (checkpoint["values"] == number).all() and len(folder.saved()) <= 3
+    last = number
+print("the last is", last)
+
+folder.open(last)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # as if the disk were full
+try:
+    folder.save({"values": torch.zeros(300_000)}, last + 1, True)
+except RunError as error:
+    print(error)
+assert folder.newest()[1]["progress"]["iteration"] == last
+assert not list(folder.checkpoints.glob(".*"))
+"""
+
+
+def test_20_kills_while_saving_and_a_full_disk_leave_the_latest_checkpoint_whole(tmp_path):
+    (tmp_path / "save.py").write_text(SAVE)
+    output = run(tmp_path / "save.py", tmp_path / "run", env={"PYTHONPATH": str(ROOT)}).stdout
+    last, message = output.splitlines()
+    number = int(last.split()[-1])
+    assert number > 0
+    assert message.startswith(f"{tmp_path}/run/ckpt/iter_{number + 1}.pth: cannot be written (File too large); make")
+
+
+def test_an_image_turned_to_garbage_ends_all_ranks(own_drawn_voc, tmp_path):
+    """One rank raises while the other waits for its gradients; the one that reads the image next names it."""
+    process = start(own_drawn_voc, tmp_path / "run", *FLAGS, "--device_list", "0,1")
+    wait_for_iteration(process, tmp_path / "run", 1)
+    for path in (own_drawn_voc / "JPEGImages").glob("drawn_train_*.jpg"):
+        path.write_bytes(b"garbage")
+    output = finish(process, 1)
+    assert "jpg: the image does not decode" in output and "Traceback" not in output
+    assert "ended with status 1" in output.splitlines()[-1] and "--resume auto" in output.splitlines()[-1]
+
+
+def test_an_unmounted_data_folder_is_told_from_a_missing_image(own_drawn_voc, tmp_path):
+    from voc import DataError, read_image
+    with pytest.raises(DataError, match="there is no such image"):
+        read_image(own_drawn_voc / "JPEGImages/absent.jpg")
+    (own_drawn_voc / "JPEGImages").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="its folder is not there any more; mount or restore it"):
+        read_image(own_drawn_voc / "JPEGImages/absent.jpg")
+
+
+def test_a_port_in_use_and_a_master_that_does_not_answer(drawn_voc, tmp_path):
+    flags = (*train_flags(drawn_voc, tmp_path / "run"), "--device_list", "0")
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"port {port} is in use on this machine; name another by --master_port" in error_line(
+            TRAIN, *flags, "--master_port", port)
+    machines = (*flags, "--nnodes", 2, "--addr", "127.0.0.1", "--master_port", port, "--timeout", 2)
+    for rank in (0, 1):  # machine 0 waits for the other, machine 1 for machine 0
+        assert f"could not meet the other machines at 127.0.0.1:{port} within 2 s" in error_line(
+            TRAIN, *machines, "--node_rank", rank)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--addr", "10.0.0.1"), "no effect without --device_list"), (("--timeout", 5), "no effect without --device_list"),
+    (("--device_list", "0,1", "--device_id", 0), "do not go together"), (("--device_list", "0,0"), "each device once"),
+    (("--device_list", "0,x"), "--device_list"), (("--device_list", "0", "--node_rank", 1), "--nnodes"),
+    (("--device_list", "0", "--nnodes", 2, "--node_rank", 0), "--master_addr"),
+    (("--val", "--lr", 1), "--lr has no effect"), (("--val", "--performance"), "not allowed with")])
+def test_flags_of_several_processes_that_make_no_sense(drawn_voc, flags, words):
+    assert words in error_line(TRAIN, "--data_path", drawn_voc, *flags, status=2)
+
+
+def test_devices_set_by_hand_win_over_the_list(monkeypatch, capsys):
+    from launch import visible_devices
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
+    assert visible_devices("cuda", ["0", "1", "2"]) == ["4", "5"] == os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    assert "CUDA_VISIBLE_DEVICES=4,5 is set, it wins over --device_list 0,1,2" in capsys.readouterr().err
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "")  # so that it is taken back afterwards
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES")
+    assert visible_devices("npu", ["2", "3"]) == ["2", "3"] == os.environ["ASCEND_RT_VISIBLE_DEVICES"].split(",")
+    assert visible_devices("cpu", ["0", "1"]) == ["0", "1"] and capsys.readouterr().err == ""

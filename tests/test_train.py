@@ -1,0 +1,139 @@
+"""train.py as a command: what it writes, that evaluate.py agrees with it, that a resumed run is the same run."""
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT, error_line, metrics, run, state, timeless, train, train_flags
+
+
+@pytest.fixture(scope="module")
+def finished(drawn_voc, tmp_path_factory):
+    """A run of 8 iterations. -> (its folder, what it printed)"""
+    work_dir = tmp_path_factory.mktemp("finished") / "run"
+    output = train(drawn_voc, work_dir, "--max_iters", 8, "--eval_interval", 3, "--checkpoint_interval", 5).stdout
+    return work_dir, output
+
+
+def test_files_and_log_lines(finished):
+    work_dir, output = finished
+    assert sorted(p.name for p in work_dir.iterdir()) == [
+        "FCN_bs2_1p_acc.log", "ckpt", "curves.png", "metrics.jsonl", "result.json", "train_0.log", "val_samples.png"]
+    assert sorted(p.name for p in (work_dir / "ckpt").iterdir()) == ["best.pth", "iter_5.pth", "iter_8.pth", "latest.pth"]
+    assert (work_dir / "train_0.log").read_text() == output
+    for words in (r"resnet50, 23,710,367 parameters, from random weights", r"1 x cpu", r"12 images of 'trainaug'",
+                  r"8 iterations of 1 x 2 = 2 images, 1.3 epochs", r"iter 8/8  lr \S+  loss [\d.]+ \(main [\d.]+, aux 0.0000\)  "
+                  r"[\d.]+ images/s  iter [\d.]+ s, data [\d.]+ s  memory \d+ MiB  left 0:00:00"):
+        assert re.search(words, output), words
+
+
+def test_result_and_summary_come_from_the_metrics(finished):
+    work_dir, _ = finished
+    lines = metrics(work_dir)
+    logged = [line for line in lines if "loss" in line]
+    scored = [line for line in lines if "mIoU" in line]
+    assert [line["iter"] for line in logged] == list(range(1, 9)) and [line["iter"] for line in scored] == [3, 6, 8]
+    assert [line["fps"] is None for line in logged] == [True] * 5 + [False] * 3  # the first five are a warm-up
+    result = json.loads((work_dir / "result.json").read_text())
+    assert result["iters"] == 8 and result["loss"] == logged[-1]["loss"]
+    assert result["fps"] == max(line["fps"] for line in logged[5:])
+    assert {name: result[name] for name in ("aAcc", "mIoU", "mAcc")} == {
+        name: scored[-1][name] for name in ("aAcc", "mIoU", "mAcc")}
+    summary = dict(line.split(" = ") for line in (work_dir / "FCN_bs2_1p_acc.log").read_text().splitlines())
+    assert list(summary) == ["Network", "RankSize", "BatchSize", "DeviceType", "CaseName", "ActualFPS", "TrainingTime",
+                             "mIoU", "ActualLoss", "E2ETrainingTime"]
+    assert float(summary["mIoU"]) == pytest.approx(max(line["mIoU"] for line in scored) / 100)
+    assert float(summary["TrainingTime"]) == pytest.approx(1000 * 2 / result["fps"])
+    assert summary["CaseName"] == "FCN_bs2_1p_acc" and summary["RankSize"] == "1"
+
+
+def test_learning_rate_is_the_polynomial(finished):
+    expected = [(0.01 - 1e-4) * (1 - i / 8) ** 0.9 + 1e-4 for i in range(8)]
+    assert [line["lr"] for line in metrics(finished[0]) if "lr" in line] == pytest.approx(expected, rel=1e-12)
+
+
+def test_checkpoints_say_what_they_are_of(finished):
+    best, latest = (state(finished[0] / "ckpt" / f"{name}.pth") for name in ("best", "latest"))
+    assert latest["meta"]["backbone"] == "resnet50" and latest["meta"]["num_classes"] == 21
+    assert list(latest["meta"]["scale"]) == [256, 64] and latest["meta"]["classes"][20] == "tvmonitor"
+    assert latest["progress"]["iteration"] == 8 and latest["progress"]["samples"] == 16
+    scored = {line["iter"]: line["mIoU"] for line in metrics(finished[0]) if "mIoU" in line}
+    assert best["progress"]["iteration"] == max(scored, key=lambda i: (scored[i], -i))
+
+
+def test_evaluate_prints_the_score_of_the_training(finished, drawn_voc, tmp_path):
+    run(ROOT / "evaluate.py", finished[0] / "ckpt/latest.pth", "--data_path", drawn_voc, "--device", "cpu",
+        "--json", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    result = json.loads((finished[0] / "result.json").read_text())
+    assert {name: scores[name] for name in ("aAcc", "mIoU", "mAcc")} == {
+        name: result[name] for name in ("aAcc", "mIoU", "mAcc")}
+
+
+def test_a_resumed_run_is_the_same_run(finished, drawn_voc, tmp_path):
+    """From iteration 5 of 8, in a folder of its own, with another number of workers: the same parameters, bit by bit,
+    and the same log, though log lines are at 4 and 8, and so straddle the checkpoint. Its tensors lie contiguous in memory,
+    as those of an NPU do, not channels last."""
+    flags = ("--max_iters", 8, "--eval_interval", 3, "--checkpoint_interval", 5, "--log_interval", 4, "--workers", 2)
+    train(drawn_voc, tmp_path / "whole", *flags)
+    checkpoint = state(tmp_path / "whole/ckpt/iter_5.pth")
+    for momentum in checkpoint["optimizer"]["state"].values():
+        momentum["momentum_buffer"] = momentum["momentum_buffer"].contiguous()
+    checkpoint["state_dict"] = {key: value.contiguous() for key, value in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, tmp_path / "contiguous.pth")
+    train(drawn_voc, tmp_path / "part", *flags, "--resume", tmp_path / "contiguous.pth")
+    whole, part, logged_more = (state(folder / "ckpt/latest.pth") for folder in (
+        tmp_path / "whole", tmp_path / "part", finished[0]))
+    for other in (part, logged_more):
+        assert all(torch.equal(value, other["state_dict"][key]) for key, value in whole["state_dict"].items())
+    assert timeless(metrics(tmp_path / "part")) == timeless(metrics(tmp_path / "whole"))[2:]
+
+
+def test_resume_auto_goes_on_in_the_folder_and_cuts_the_metrics_back(finished, drawn_voc, tmp_path):
+    flags = ("--max_iters", 8, "--eval_interval", 3, "--checkpoint_interval", 5, "--resume", "auto")
+    train(drawn_voc, tmp_path / "run", *flags)  # nothing there yet: starts afresh
+    (tmp_path / "run/ckpt/latest.pth").unlink()
+    (tmp_path / "run/ckpt/latest.pth").symlink_to("iter_5.pth")  # as if it had been killed after iteration 8's metrics
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"iter": 9, "lo')
+    train(drawn_voc, tmp_path / "run", *flags)
+    assert timeless(metrics(tmp_path / "run")) == timeless(metrics(finished[0]))
+    again = train(drawn_voc, tmp_path / "run", *flags).stdout  # nothing left to do
+    assert timeless(metrics(tmp_path / "run")) == timeless(metrics(finished[0])) and "result.json" in again
+
+
+def test_a_folder_that_holds_a_run_is_not_touched(finished, drawn_voc):
+    before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
+    assert "--resume auto" in error_line(ROOT / "train.py", *train_flags(drawn_voc, finished[0]))
+    assert {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")} == before
+
+
+def test_default_folders_are_those_of_the_port(drawn_voc, tmp_path):
+    flags = [flag for flag in train_flags(drawn_voc, "unused") if flag not in ("--work_dir", "unused")]
+    run(ROOT / "train.py", *flags, "--max-iters", 1, cwd=tmp_path)
+    assert (tmp_path / "output/0/FCN/result.json").exists()
+    run(ROOT / "train.py", *flags, "--max_iters", 1, "--performance", cwd=tmp_path)
+    assert (tmp_path / "output/0/FCN_prof/FCN_bs2_1p_perf.log").exists()
+
+
+def test_mixed_precision_on_a_cpu_is_bfloat16(drawn_voc, tmp_path):
+    plain = train(drawn_voc, tmp_path / "plain", "--max_iters", 3).stdout
+    mixed = train(drawn_voc, tmp_path / "mixed", "--max_iters", 3, "--amp").stdout
+    level0 = train(drawn_voc, tmp_path / "level0", "--max_iters", 3, "--amp", "--opt_level", "O0").stdout
+    assert "bfloat16" in mixed and "float32" in plain and "float32" in level0
+    a, b, c = (timeless(metrics(tmp_path / name)) for name in ("plain", "mixed", "level0"))
+    assert a == c and a != b and a[0]["loss"] == pytest.approx(b[0]["loss"], rel=0.02)
+
+
+def test_fine_tuning_starts_from_a_checkpoint_of_ours(finished, drawn_voc, tmp_path):
+    output = train(drawn_voc, tmp_path / "run", "--max_iters", 1, "--pretrained", finished[0] / "ckpt/best.pth").stdout
+    assert "best.pth: a checkpoint of train.py" in output and metrics(tmp_path / "run")[0]["loss"] < metrics(finished[0])[0]["loss"]
+
+
+def test_ignored_pixels_count_in_the_denominator():
+    """By hand: 4 pixels, 2 of them void, uniform logits over 3 classes: 2 log(3) / 4."""
+    from train import losses_of
+    labels = torch.tensor([[[0, 255], [255, 2]]], dtype=torch.uint8)
+    outputs = {"out": torch.zeros(1, 3, 2, 2), "aux": torch.zeros(1, 3, 2, 2)}
+    expected = torch.tensor(3.0).log() / 2
+    torch.testing.assert_close(losses_of(outputs, labels), torch.stack([1.4 * expected, expected, expected]))
