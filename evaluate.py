@@ -127,7 +127,7 @@ from device import DeviceError, Processes, check_fits, choose_device, describe, 
 from export import ExportError, export  # noqa: E402
 from fcn8s import WeightsError, model_from_file, unwrap  # noqa: E402
 from voc import (CLASSES, IGNORE, VOC, DataError, first_of, leave_signals, palette, prepare,  # noqa: E402
-                 read_classes, read_image, resize_image, scaled_size)
+                 read_classes, read_image, resize_image, scaled_size, stack_images)
 
 DEFAULT_SCALE = (2048, 512)  # of the reference's evaluation
 STRIP_VALUES = 2 ** 26  # logits that are enlarged at once: 256 MiB of float32
@@ -207,10 +207,10 @@ def fit_into(image, scale):
     return image if scale is None else resize_image(image, scaled_size(*image.shape[1:], *scale))
 
 
-def stack_images(samples):
+def stack_scaled(samples):
     """Samples of one original size -> (a uint8 [N, 3, h, w] for each scale, labels uint8 [N, H, W])."""
     images, labels = zip(*samples)
-    return [torch.stack(one_scale) for one_scale in zip(*images)], torch.stack(labels)
+    return [stack_images(one_scale) for one_scale in zip(*images)], torch.stack(labels)
 
 
 def one_shape_batches(sizes, batch_size):
@@ -243,7 +243,7 @@ def evaluate(model, voc, sizes, scale, device, *, batch_size=1, workers=0, proce
     processes.share_buffers(model)
     batches = one_shape_batches(sizes, batch_size)[processes.rank::processes.count]
     loader = DataLoader(ScaledImages(voc, scales_of(scale, ratios)), batch_sampler=batches, num_workers=workers,
-                        collate_fn=stack_images, worker_init_fn=leave_signals)
+                        collate_fn=stack_scaled, worker_init_fn=leave_signals)
     confusion = np.zeros((model.num_classes,) * 2, np.int64)
     progress = tqdm(total=sum(map(len, batches)), desc="evaluating", unit="image", leave=False, disable=None)
     for indices, (scaled, labels) in zip(batches, loader):
@@ -262,7 +262,7 @@ def evaluate(model, voc, sizes, scale, device, *, batch_size=1, workers=0, proce
 def classify(model, image, scale, device):
     """The class map of one image uint8 [3, H, W], fitted into `scale`: uint8 NumPy [H, W]; `model` is in evaluation
     mode."""
-    logits = predict(model, fit_into(image, scale)[None].contiguous().to(device))[0]
+    logits = predict(model, fit_into(image, scale)[None].to(device))[0]
     return class_map([logits[0]], image.shape[1:]).cpu().numpy()
 
 
@@ -275,7 +275,7 @@ def predict(model, images, flip=False, pad_to=None, slide=None):
     slide: (crop, stride) in pixels; the network sees windows, and where they overlap their logits are averaged
     """
     size = tuple(images.shape[-2:])
-    inputs = prepare(images, model.form)
+    inputs = prepare(images.contiguous(memory_format=memory_format(images.device)), model.form)
     if pad_to:
         inputs = F.pad(inputs, (0, pad_to - size[1], 0, pad_to - size[0]))
 

@@ -325,9 +325,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(iteration, args)
         batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        images = prepare(batch["image"], self.model.form, batch["size"], batch["jitter"])
+        layout = memory_format(self.device)
+        images = batch["image"].contiguous(memory_format=layout)
+        images = prepare(images, self.model.form, batch["size"], batch["jitter"])
         with self.precision.autocast():
-            outputs = self.network(images.contiguous(memory_format=memory_format(self.device)))
+            outputs = self.network(images.contiguous(memory_format=layout))
             losses = losses_of(outputs, batch["label"])
         self.optimizer.zero_grad()
         left_out = self.precision.step(losses[0], self.optimizer)

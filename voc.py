@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -222,6 +222,24 @@ def resize_image(image, size):
     return F.interpolate(batch, size, mode="bilinear", align_corners=False)[0]  # it is then twice as fast
 
 
+def source_pixels(side, out):
+    """Which of `side` pixels each of the `out` that a label is resized to takes: x takes floor(x side / out).
+
+    The order of the operations, in float64, is OpenCV's: where x side / out is whole, rounding decides.
+    """
+    return (np.arange(out) * (1 / (out / side))).astype(np.int64).clip(max=side - 1)
+
+
+def count_classes(label, classes, rows, columns):
+    """How many pixels of each class label[rows][:, columns] has; rows, columns: rising indices, some of them repeated.
+
+    Instead of making it, this counts each pixel of the label as often as it would be taken: less work, and exact.
+    """
+    in_rows, in_columns = np.bincount(rows - rows[0]), np.bincount(columns - columns[0]).astype(np.float32)
+    region = label[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    return [int(in_rows @ ((region == index).astype(np.float32) @ in_columns)) for index in classes]
+
+
 class TrainAugmentation:
     """The recipe's augmentation of one sample: scale, crop, flip, and the draws of the photometric distortion.
 
@@ -253,9 +271,10 @@ class TrainAugmentation:
         image = resize_image(image, scaled)[:, top:top + height, left:left + width]
         if rng.random() < self.FLIP_PROBABILITY:
             image, label = image.flip(-1), label.flip(-1)
-        padding = (0, self.crop_size - width, 0, self.crop_size - height)
-        return {"image": F.pad(image, padding), "label": F.pad(label, padding, value=IGNORE),
-                "size": torch.tensor([height, width]), "jitter": self.draw_jitter(rng)}
+        padded = image.new_zeros(self.crop_size, self.crop_size, 3).permute(2, 0, 1)
+        padded[:, :height, :width] = image
+        return {"image": padded, "size": torch.tensor([height, width]), "jitter": self.draw_jitter(rng),
+                "label": F.pad(label, (0, self.crop_size - width, 0, self.crop_size - height), value=IGNORE)}
 
     def draw_scaled_size(self, height, width, rng):
         ratio = rng.uniform(*self.SCALE_RANGE)
@@ -266,24 +285,21 @@ class TrainAugmentation:
         def draw():
             return [int(rng.integers(max(side - self.crop_size, 0) + 1)) for side in scaled]
 
-        # Comparing bytes with the few classes of an image is ten times as fast as a histogram of each crop.
         classes = [index for index, count in enumerate(Image.fromarray(label.numpy()).histogram()[:IGNORE]) if count]
+        sources = [source_pixels(side, out) for side, out in zip(label.shape, scaled)]
         corner = draw()
         for _ in range(self.CROP_TRIES):
-            crop = self.crop_label(label, scaled, *corner).numpy()
-            counts = [np.count_nonzero(crop == index) for index in classes]
+            rows, columns = (source[start:start + self.crop_size] for source, start in zip(sources, corner))
+            counts = count_classes(label.numpy(), classes, rows, columns)
             if sum(map(bool, counts)) > 1 and max(counts) < self.LARGEST_CLASS * sum(counts):
                 break
             corner = draw()
         return corner
 
     def crop_label(self, label, scaled, top, left):
-        """The crop at (top, left) of the label resized to `scaled`: pixel x is source pixel floor(x side / out).
-
-        The order of the operations, in float64, is OpenCV's: where x side / out is whole, rounding decides.
-        """
-        rows, columns = ((np.arange(start, min(start + self.crop_size, out)) * (1 / (out / side))).astype(np.int64)
-                         .clip(max=side - 1) for start, side, out in zip((top, left), label.shape, scaled))
+        """The crop at (top, left) of the label resized to `scaled`."""
+        rows, columns = (source_pixels(side, out)[start:start + self.crop_size]
+                         for side, out, start in zip(label.shape, scaled, (top, left)))
         source = label.numpy()[rows[0]:rows[-1] + 1]
         return torch.from_numpy(source.take(columns, 1).take(rows - rows[0], 0))
 
@@ -330,7 +346,19 @@ def train_loader(stream, batch_size, first, last, workers, rank=0, world_size=1,
     batches = [range(start, start + batch_size)
                for start in range(first + rank * batch_size, last, world_size * batch_size)]
     return DataLoader(stream, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory,
-                      worker_init_fn=leave_signals)
+                      collate_fn=stack_samples, worker_init_fn=leave_signals)
+
+
+def stack_samples(samples):
+    """Samples of `TrainAugmentation` as one batch: a dict of the same keys, each [N, ...]."""
+    rest = [{key: value for key, value in sample.items() if key != "image"} for sample in samples]
+    return {"image": stack_images([sample["image"] for sample in samples]), **default_collate(rest)}
+
+
+def stack_images(images):
+    """Images [3, H, W] of one size -> [N, 3, H, W], channels last in memory as they are: to turn that round takes
+    fifteen times as long."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def leave_signals(worker):
