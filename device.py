@@ -17,6 +17,7 @@ import torch.distributed as dist
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}  # of the process group, in the order of --device auto
 AMP_DTYPES = {"npu": torch.float16, "cuda": torch.float16, "cpu": torch.bfloat16}
 STOP_INTERVAL = 10  # iterations between two looks at whether some rank is asked to stop
+LARGE_WEIGHT = 2 ** 25  # values; only vgg16's fc6 has more, 2 ** 26.6
 LOSS_SCALES = {"npu": 128.0, "cuda": "dynamic", "cpu": "dynamic"}  # of float16; the Ascend port's is a static 128
 NATIVE_LEVELS = ("O0", "O1")  # that PyTorch's own AMP can do; apex has O2 and O3, too
 APEX_CALLS = ("initialize", "scale_loss", "master_params", "state_dict", "load_state_dict")  # of apex.amp, used here
@@ -94,6 +95,17 @@ def memory_format(device):
     """How a network's weights lie in memory: channels last, in which convolutions are faster, but not on an NPU, whose
     operators take contiguous tensors alone, so that torch_npu would copy every other."""
     return torch.contiguous_format if device.type == "npu" else torch.channels_last
+
+
+def place(model, device):
+    """Moves a network to the device, its weights in the memory format that is fastest there, and returns it."""
+    model = model.to(device, memory_format=memory_format(device))
+    if device.type == "cpu":
+        # oneDNN leaves gradients contiguous: to turn round those of vgg16's fc6, 400 MB, is a sixth of a step.
+        for parameter in model.parameters():
+            if parameter.numel() > LARGE_WEIGHT:
+                parameter.data = parameter.data.contiguous()
+    return model
 
 
 def pins_memory(device):

@@ -123,7 +123,8 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import pictures  # noqa: E402
-from device import DeviceError, Processes, check_fits, choose_device, describe, memory_format, synchronize  # noqa: E402
+from device import (DeviceError, Processes, check_fits, choose_device, describe, memory_format, place,  # noqa: E402
+                    synchronize)
 from export import ExportError, export  # noqa: E402
 from fcn8s import WeightsError, model_from_file, unwrap  # noqa: E402
 from voc import (CLASSES, IGNORE, VOC, DataError, first_of, leave_signals, palette, prepare,  # noqa: E402
@@ -338,9 +339,10 @@ def enlarge_rows(logits, rows, size):
 
 def confusion_matrix(label, prediction, num_classes):
     """uint8 [H, W] each -> int64 [C, C], row: the label's class, column: the predicted one, without IGNORE."""
-    pairs = np.multiply(label, num_classes, dtype=np.uint16)  # 2 bytes are enough for them, and faster than 8
-    pairs += prediction
-    return np.bincount(pairs.ravel(), minlength=(IGNORE + 1) * num_classes).reshape(-1, num_classes)[:num_classes]
+    # torch.bincount takes 4-byte numbers as they are; NumPy's would copy them to 8 bytes first, and takes twice as long.
+    pairs = torch.from_numpy(label).int().mul_(num_classes).add_(torch.from_numpy(prediction))
+    counts = torch.bincount(pairs.ravel(), minlength=(IGNORE + 1) * num_classes)
+    return counts.reshape(-1, num_classes)[:num_classes].numpy()
 
 
 def scores_of(confusion):
@@ -492,7 +494,7 @@ def main(args):
     print(f"{model.backbone_name} from {model.origin}\n{len(sizes)} {what}, {fitted}, on "
           f"{describe(device, args.device)}, float32")
 
-    model = model.to(device, memory_format=memory_format(device))
+    model = place(model, device)
     start = time.perf_counter()
     confusion = evaluate(model, data, sizes, scale, device, batch_size=args.batch_size, workers=args.workers,
                          ratios=args.ratios, flip=args.flip, pad_to=args.pad_to, slide=args.slide, each=each)

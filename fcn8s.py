@@ -118,11 +118,12 @@ class VGG16(nn.Module):
         pools = []
         for stage, (_, convs) in enumerate(self.WIDTHS, 1):
             for index in range(1, convs + 1):
-                x = F.relu(self.get_submodule(f"conv{stage}_{index}")(x))
+                x = F.relu(self.get_submodule(f"conv{stage}_{index}")(x), inplace=True)
             x = F.max_pool2d(x, 2, stride=2, ceil_mode=True)
             pools.append(x)
-        x = F.dropout(F.relu(self.fc6(x)), self.DROPOUT, self.training)
-        x = F.dropout(F.relu(self.fc7(x)), self.DROPOUT, self.training)
+        # Contiguous, as fc6's weight may be (device.place): a convolution would turn that round to x's format.
+        x = F.dropout(F.relu(self.fc6(x.contiguous()), inplace=True), self.DROPOUT, self.training)
+        x = F.dropout(F.relu(self.fc7(x), inplace=True), self.DROPOUT, self.training)
         return pools[2], pools[3], x
 
 
@@ -144,9 +145,11 @@ class Bottleneck(nn.Module):
 
     def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        return F.relu(self.bn3(self.conv3(x)) + shortcut)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = self.bn3(self.conv3(x))
+        x += shortcut
+        return F.relu(x, inplace=True)
 
 
 class ResNet(nn.Module):
@@ -179,7 +182,7 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.bn3.weight)  # a block starts as its shortcut (Goyal et al., 2017)
 
     def forward(self, x):
-        x = self.stem(x) if hasattr(self, "stem") else F.relu(self.bn1(self.conv1(x)))
+        x = self.stem(x) if hasattr(self, "stem") else F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer1(F.max_pool2d(x, 3, stride=2, padding=1))
         stage2 = self.layer2(x)
         stage3 = self.layer3(stage2)
@@ -266,7 +269,7 @@ class ConvBN(nn.Module):
         self.conv, self.bn, _ = conv_bn_relu(channels, width)
 
     def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class ConvHead(nn.Module):

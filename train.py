@@ -169,7 +169,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import pictures  # noqa: E402
 from device import (DeviceError, Processes, StopSignal, check_fits, choose_device, choose_precision,  # noqa: E402
-                    describe, fused_sgd, memory_format, on_cpu, peak_memory, pins_memory, synchronize)
+                    describe, fused_sgd, memory_format, on_cpu, peak_memory, pins_memory, place, synchronize)
 from evaluate import classify, evaluate, format_table, scores_of, summary  # noqa: E402
 from fcn8s import (FCN8s, WeightsError, first_line, load_exactly, load_imagenet, load_weights,  # noqa: E402
                    read_checkpoint, unwrap)
@@ -250,7 +250,7 @@ class Trainer:
     def __init__(self, args, model, device, precision, processes, folder, classes=CLASSES):
         self.classes = classes  # their names
         self.args, self.device, self.precision, self.processes, self.folder = args, device, precision, processes, folder
-        model = model.to(device, memory_format=memory_format(device)).train()
+        model = place(model, device).train()
         optimizer = fused_sgd([p for p in model.parameters() if p.requires_grad], device, precision, args.lr,
                               args.momentum, args.weight_decay)
         self.model, self.optimizer = precision.wrap(model, optimizer)
@@ -582,8 +582,7 @@ def validate(args, processes):
     origin = load_start(model, args, classes, start, processes.count)
 
     since = time.perf_counter()
-    confusion = evaluate(model.to(device, memory_format=memory_format(device)), data, sizes, scale, device,
-                         workers=args.workers, processes=processes)
+    confusion = evaluate(place(model, device), data, sizes, scale, device, workers=args.workers, processes=processes)
     seconds, scores = time.perf_counter() - since, scores_of(confusion)
     folder.log(f"{format_table(scores, classes)}\n{origin}, on {processes.count} x {describe(device, args.device)}: "
                f"{args.val_split}: {summary(scores)}  ({len(data) / seconds:.2f} images/s)")

@@ -409,15 +409,17 @@ def distort_colours(images, jitter):
     h, s, v = to_hsv(images)
     images = step(images, saturation, from_hsv(h, to_byte(s * saturation), v))
     h, s, v = to_hsv(images)
-    images = step(images, hue, from_hsv((h + hue) % HUES, s, v))
+    images = step(images, hue, from_hsv(h.add_(hue).remainder_(HUES), s, v))
     return change_contrast(images, contrast_last == 1)
 
 
 HUES = 180  # an 8-bit hue counts two degrees a step
+# The functions below work in place on what they made or were given for that: on a CPU, new memory is what costs.
 
 
 def to_byte(values):
-    return values.clamp(0, 255).floor()
+    """Clips to 0..255 and drops the fraction, in place."""
+    return values.clamp_(0, 255).floor_()
 
 
 def to_hsv(images):
@@ -426,18 +428,21 @@ def to_hsv(images):
     The 8-bit HSV of OpenCV's documentation of colour conversions.
     """
     red, green, blue = images.split(1, 1)
-    value, least = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
-    chroma = value - least
-    saturation = (255 * chroma / value.clamp(min=1) + 0.5).floor()
+    value = images.amax(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
+    saturation = (255 * chroma).div_(value.clamp(min=1)).add_(0.5).floor_()
     sector = torch.where(value == red, green - blue,
-                         torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma))
-    hue = (HUES / 6 * sector / chroma.clamp(min=1) + 0.5).floor()
-    return hue % HUES, saturation, value
+                         torch.where(value == green, (blue - red).add_(chroma, alpha=2),
+                                     (red - green).add_(chroma, alpha=4)))
+    hue = sector.mul_(HUES / 6).div_(chroma.clamp_(min=1)).add_(0.5).floor_()
+    return hue.remainder_(HUES), saturation, value
 
 
 def from_hsv(hue, saturation, value):
     """The inverse of `to_hsv`, its fraction dropped (OpenCV's vector code for 8 bits drops it, too)."""
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=hue.device)[:, None, None]  # red, green, blue
-    sector = (offsets + hue * (6 / HUES)) % 6
-    share = torch.minimum(sector, 4 - sector).clamp(0, 1)
-    return (value - value * (saturation / 255) * share).floor()
+    # How far each channel falls below the value, as a share of the chroma: 0 and 1 with slopes between, around the
+    # hues (of 6) red's 3, where it is all, and green's 2 and blue's 4, where it is nothing.
+    centre, sign, shift = (torch.tensor(three, device=hue.device)[:, None, None]
+                           for three in ((3.0, 2.0, 4.0), (-1.0, 1.0, 1.0), (2.0, -1.0, -1.0)))
+    share = (hue * (6 / HUES) - centre).abs_().mul_(sign).add_(shift).clamp_(0, 1)
+    return share.mul_((saturation / 255).mul_(value)).neg_().add_(value).floor_()

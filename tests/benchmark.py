@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 import evaluate as ev  # noqa: E402
 import peers  # noqa: E402
 from conftest import REAL_VOC  # noqa: E402
-from device import Processes, choose_device, choose_precision, describe, peak_memory, synchronize  # noqa: E402
+from device import Processes, choose_device, choose_precision, describe, peak_memory, place, synchronize  # noqa: E402
 from drawn_voc import draw_data_set  # noqa: E402
 from fcn8s import BACKBONES, FCN8s  # noqa: E402
 from train import Trainer, losses_of  # noqa: E402
@@ -194,7 +194,7 @@ def bench_step(device, data, backbone):
 
 def bench_eval(device, data):
     voc, count = VOC(data, "val"), 4 if device.type == "cpu" else 64
-    model = FCN8s(21).to(device, memory_format=torch.channels_last)
+    model = place(FCN8s(21), device)
     in_network = []
     forward = model.forward
 
