@@ -1,12 +1,14 @@
-"""What the command lines share: one spelling rule, one-line errors, number types.
+"""What the command lines share: one spelling rule, one-line errors, number types, files that are whole or not there.
 
 It imports nothing heavy, so that `--help` and a usage error answer at once; PyTorch alone takes seconds to import.
 """
 import argparse
+import contextlib
 import importlib.util
 import math
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 MODULES = ("numpy", "PIL", "scipy", "tqdm", "matplotlib", "torch")  # without which no command runs
@@ -52,6 +54,42 @@ def not_empty(text):
 def file_path(text):
     """An argparse type: a pathlib.Path."""
     return Path(not_empty(text))
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Gives a name to write to; what is there at the end becomes the file `path`, which so is whole or not there.
+
+    Without an end, by an exception, nothing is left. An OSError names `path`.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def check_writable(folder):
+    """Raises OSError if nothing can be written into a folder, or into the one it would be made in: to be found before
+    the work whose result it is to hold."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"nothing can be written there ({error.strerror}); name another folder", str(folder)
+                      ) from None
+
+
+def check_new_file(path):
+    """The same for a file, whose folder must be there."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OSError(None, "no file can be written there; name one in a folder that exists", str(path))
+    check_writable(path.parent)
 
 
 def whole_number(minimum, maximum=2 ** 31):

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from cli import Parser, run, whole_number
+from cli import Parser, run, whole_file, whole_number
 
 NUM_CLASSES = 21
 FULL_AUG, FULL_TRAINAUG = 9118, 10582  # ids in the lists made of the full data
@@ -176,12 +176,8 @@ def convert(mat, png):
     except ConvertError as error:
         return str(error)
     image.putpalette(palette().tobytes())
-    part = png.with_suffix(".part")
-    try:
-        image.save(part, "PNG")
-        part.replace(png)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(png) as temporary:
+        image.save(temporary, "PNG")
     return None
 
 
@@ -220,9 +216,8 @@ def convert_all(mats, out_dir, processes):
 
 
 def write_list(path, ids):
-    part = path.with_suffix(".part")
-    part.write_text("".join(f"{image_id}\n" for image_id in sorted(ids)))
-    part.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(f"{image_id}\n" for image_id in sorted(ids)))
 
 
 def count_note(name, count, full):

@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import signal
+import sys
 
 import torch
 import torch.distributed as dist
@@ -167,6 +168,28 @@ class Processes:
         if self.count > 1:
             dist.broadcast_object_list(values, 0)
         return values[0]
+
+    def once_a_machine(self, work):
+        """What `work` returns in rank 0, in every process; it runs in the first one of each machine.
+
+        What it raises there, a ValueError or OSError, ends them all: as that where it happened, silently elsewhere.
+        """
+        if self.count == 1:
+            return work()
+        result = error = None
+        if self.local_rank == 0:
+            try:
+                result = work()
+            except (ValueError, OSError) as problem:
+                error = problem
+        failed = [None] * self.count
+        dist.all_gather_object(failed, error is not None)
+        if any(failed):
+            self.leave()
+            if error is not None:
+                raise error
+            sys.exit(1)
+        return self.share(result)
 
     def add_up(self, array, device):
         """The sum over all processes of a NumPy array."""

@@ -6,7 +6,8 @@ labels photographs instead, with --export it writes the network as an ONNX file.
 import os
 from pathlib import Path
 
-from cli import BACKBONES, Parser, file_path, not_empty, positive, run, whole_number
+from cli import (BACKBONES, Parser, check_new_file, check_writable, file_path, not_empty, positive, run, whole_file,
+                 whole_number)
 
 
 def parse_args():
@@ -387,17 +388,16 @@ def write_json(path, args, iteration, scores, names, images, seconds):
     result = {"checkpoint": args.checkpoint, "iteration": iteration, "split": args.split, "images": images,
               "aAcc": scores["aAcc"], "mIoU": scores["mIoU"], "mAcc": scores["mAcc"],
               "images_per_second": images / seconds, "seconds": seconds, "classes": per_class}
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def check_flags(args, scale, sizes):
     """Finds what does not go together before the first image."""
     if args.ratios and scale is None:
         raise DataError("--ratios are multiples of a scale; add --scale LONG SHORT")
-    if args.json is not None and (not args.json.resolve().parent.is_dir() or args.json.is_dir()):
-        raise DataError(f"--json {args.json}: no file can be written there; name one in a folder that exists")
+    if args.json is not None:
+        check_new_file(args.json)
     for one_scale in scales_of(scale, args.ratios):
         if one_scale and min(one_scale) < 1:
             raise DataError(f"--ratios: {min(args.ratios)} of {scale[0]}x{scale[1]} leaves no pixel; take a larger one")
@@ -449,10 +449,7 @@ def picture_writer(args, data, names, colours):
     if {file.resolve().parent for file in inputs} & {part.resolve() for part in
                                                      (folder, folder / "overlay", folder / "compared")}:
         raise DataError(f"--save_dir {folder}: holds what is read, which pictures could overwrite; take another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--save_dir {folder}: no folder can be made there ({error.strerror})") from None
+    check_writable(folder)
 
     def write(index, prediction):
         image, label = data[index]

@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import torch
 
+from cli import check_new_file, whole_file
 from device import check_fits
 from voc import prepare
 
@@ -38,21 +39,16 @@ def export(model, names, path, size=None):
     missing = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
     if missing:
         raise ExportError(f"--export needs packages that are not there; pip install {' '.join(missing)}")
-    if not path.resolve().parent.is_dir() or path.is_dir():
-        raise ExportError(f"--export {path}: no file can be written there; name one in a folder that exists")
+    check_new_file(path)
     network = WithPreparation(model).eval()
     traced, others = ((1, *size), ()) if size else (TRACED, OTHERS)
     check_fits(3 * math.prod(traced), f"--export_size {traced[1]} {traced[2]}")
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with whole_file(path) as temporary:
         write_onnx(network, names, traced, temporary, dynamic=bool(others))
         difference = max(onnx_difference(network, temporary, shape) for shape in (traced, *others))
         if not difference <= TOLERANCE:
             raise ExportError(f"{path}: not written, as ONNX Runtime's logits differ from PyTorch's by "
                               f"{difference:.1e} of the largest; at most {TOLERANCE} is right")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return difference
 
 

@@ -56,6 +56,10 @@ find_python() {  # REQUIREMENTS MODULE...
     fi
     echo "$0: ${PYTHON:-python3} lacks $missing; installing $requirements into $venv (once, some minutes)" >&2
     "${PYTHON:-python3}" -m venv "$venv"
-    "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements" || {
+        echo "$0: pip, whose error is above, could not install $requirements (PyTorch takes up to 6 GB of disk);" \
+             "mend that and run the same command again" >&2
+        exit 1
+    }
     has_modules "$python" "$@" || { echo "$0: $venv still lacks $missing; delete it and try again" >&2; exit 1; }
 }

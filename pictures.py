@@ -9,6 +9,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from cli import whole_file
 from voc import IGNORE
 
 OPACITY = 0.55  # of the class colours over a photograph
@@ -28,16 +29,12 @@ CJK_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "msyh.ttc", "simhei.
 def save(picture, path):
     """Writes a PIL image as a .png or .jpg, whole or not at all, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with whole_file(path) as temporary:
         if path.suffix == ".jpg":
             picture.thumbnail((JPEG_SIDE, JPEG_SIDE))
             picture.save(temporary, "JPEG", quality=JPEG_QUALITY)
         else:
             picture.save(temporary, "PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def class_picture(classes, colours):

@@ -203,12 +203,12 @@ def losses_of(outputs, labels):
 
 
 class Speed:
-    """Images per second and waiting for data between two log lines, without the first iterations of a run and without
-    the pauses for evaluation and saving."""
+    """Images per second and waiting for data between two log lines, without the first of a run's `iterations` and
+    without the pauses for evaluation and saving."""
 
-    def __init__(self, images_per_iteration, device):
+    def __init__(self, images_per_iteration, device, iterations):
         self.images, self.device = images_per_iteration, device
-        self.skip = WARM_UP_ITERS
+        self.skip = min(WARM_UP_ITERS, iterations - 1)  # a shorter run has a speed, too, if a slow one
         self.start()
 
     def start(self):
@@ -285,7 +285,7 @@ class Trainer:
         batches = iter(train_loader(stream, args.batch_size, progress.samples, progress.samples + to_come, args.workers,
                                     self.processes.rank, self.processes.count, pins_memory(self.device)))
         sums = torch.tensor(progress.sums, device=self.device)
-        speed = Speed(self.images, self.device)
+        speed = Speed(self.images, self.device, self.last - progress.iteration)
         started = time.perf_counter() - progress.seconds
         while progress.iteration < self.last and not stopped:
             waiting_since = time.perf_counter()
@@ -476,6 +476,14 @@ def load_start(model, args, classes, start, ranks):
     return origin + "".join(f"; {change}" for change in changed)
 
 
+def open_data(args):
+    """The names of the classes, the VOC to train on and the one to evaluate on, all read once, and the latter's sizes."""
+    classes = read_classes(args.classes) if args.classes else CLASSES
+    train_data, val_data = VOC(args.data_path, args.train_split), VOC(args.data_path, args.val_split)
+    train_data.check(len(classes))
+    return classes, train_data, val_data, val_data.check(len(classes))
+
+
 def check_batch(args, stride):
     """BN cannot train on a single value a channel; the deepest features have the fewest."""
     if args.backbone != "vgg16" and args.batch_size == 1 and args.crop_size <= stride:
@@ -524,10 +532,9 @@ def train(args, processes):
     folder = work_folder(args, device, processes)
     start = find_resume(args, folder) if folder.writes else None
 
-    classes = read_classes(args.classes) if args.classes else CLASSES
-    train_data, val_data = VOC(args.data_path, args.train_split), VOC(args.data_path, args.val_split)
-    train_data.check(len(classes))
-    val_sizes = val_data.check(len(classes))
+    processes.join(device, args.timeout)
+    start = processes.share(start)  # the other machines need not see the folder
+    classes, train_data, val_data, val_sizes = processes.once_a_machine(lambda: open_data(args))
     stream = TrainStream(train_data, TrainAugmentation(args.crop_size, args.scale), args.seed)
 
     torch.manual_seed(args.seed)
@@ -535,9 +542,6 @@ def train(args, processes):
     check_batch(args, model.backbone.stride)
     check_fits(3 * args.batch_size * args.crop_size ** 2,
                f"--batch_size {args.batch_size} at --crop_size {args.crop_size}")
-
-    processes.join(device, args.timeout)
-    start = processes.share(start)  # the other machines need not see the folder
     origin = load_start(model, args, classes, start, processes.count)
     trainer = Trainer(args, model, device, precision, processes, folder, classes)
     if start is not None:
@@ -577,7 +581,7 @@ def validate(args, processes):
     classes = read_classes(args.classes) if args.classes else tuple(meta.get("classes", CLASSES))
     scale = args.scale or tuple(meta.get("scale", DEFAULT_SCALE))
     data = VOC(args.data_path, args.val_split)
-    sizes = data.check(len(classes))
+    sizes = processes.once_a_machine(lambda: data.check(len(classes)))
     model = FCN8s(len(classes), args.backbone)
     origin = load_start(model, args, classes, start, processes.count)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from cli import check_writable, whole_file
 from fcn8s import WeightsError, read_checkpoint
 
 
@@ -21,7 +22,10 @@ class RunError(ValueError):
 
 
 class WorkFolder:
-    """The files of a run. Only rank 0 writes; a checkpoint is there whole or not at all."""
+    """The files of a run. Only rank 0 writes; a checkpoint is there whole or not at all.
+
+    Raises OSError if nothing can be written at `path`.
+    """
 
     def __init__(self, path, device_ids, writes, keep):
         self.path, self.writes, self.keep = Path(path), writes, keep
@@ -30,6 +34,8 @@ class WorkFolder:
         self.checkpoints = self.path / "ckpt"
         self.latest = self.checkpoints / "latest.pth"
         self.board = None  # TensorBoard's writer
+        if writes:
+            check_writable(self.path)
 
     def open_board(self, iteration):
         """Starts to write for TensorBoard, too; what an earlier run wrote there after `iteration` is passed over."""
@@ -140,16 +146,10 @@ def writing(path):
 
 def replace_file(path, content):
     """Writes bytes so that at any moment the file is the old or the new one, whole, even if the machine fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with writing(path), whole_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_results(folder, args, progress, cards):

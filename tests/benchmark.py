@@ -1,8 +1,9 @@
 """How fast the project is, as ratios against its peers in the same run: `python tests/benchmark.py`.
 
---loader, --step BACKBONE, --eval and --commands run parts of the table. Each part runs in a process of its own, ours and
-the peer's in turns, so that both see the same machine; the figures are medians of the turns. The peers are mmsegmentation
-and torchfcn (`bash tests/run.sh --peers` installs them into .venv-peers); without them their columns stay empty.
+--loader, --step BACKBONE, --eval and --commands run parts of the table. Each part runs in a process of its own, ours
+and the peer's in turns, so that both see the same machine; the figures are medians of the turns. The peers are
+mmsegmentation and torchfcn (`bash tests/run.sh --peers` installs them into .venv-peers); without them their columns
+stay empty.
 """
 import argparse
 import json
@@ -29,7 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 import evaluate as ev  # noqa: E402
 import peers  # noqa: E402
 from conftest import REAL_VOC  # noqa: E402
-from device import Processes, choose_device, choose_precision, describe, peak_memory, place, synchronize  # noqa: E402
+from device import (Processes, choose_device, choose_precision, describe, memory_format, peak_memory,  # noqa: E402
+                    place, synchronize)
 from drawn_voc import draw_data_set  # noqa: E402
 from fcn8s import BACKBONES, FCN8s  # noqa: E402
 from train import Trainer, losses_of  # noqa: E402
@@ -57,8 +59,9 @@ def in_turns(*works):
 
 def row(work, ours, unit, peer=None, goal="", ceiling=None, memory=None):
     """A line of the table: rates of ours and of the peer, share of the ceiling, bytes; what is None stays empty."""
-    return (work, f"{ours:.4g} {unit}", "" if peer is None else f"{peer:.4g}", "" if peer is None else f"{ours / peer:.2f}",
-            goal, "" if ceiling is None else f"{100 * ceiling:.0f}%", "" if memory is None else f"{memory / 2 ** 30:.1f} GiB")
+    return (work, f"{ours:.4g} {unit}", "" if peer is None else f"{peer:.4g}",
+            "" if peer is None else f"{ours / peer:.2f}", goal, "" if ceiling is None else f"{100 * ceiling:.0f}%",
+            "" if memory is None else f"{memory / 2 ** 30:.1f} GiB")
 
 
 # ---- loader
@@ -86,30 +89,40 @@ def bench_loader(device, data):
         works.append(lambda: [pipeline(stream.voc.image_path(image_id), stream.voc.label_path(image_id))
                               for image_id in images])
     rates = [SAMPLES / seconds for seconds in in_turns(*works)]
-    yield row("training samples, one core; mmsegmentation; ceiling: decoding the JPEG", rates[0], "images/s", *rates[2:], goal="4",
-              ceiling=rates[0] / rates[1])
+    yield row("training samples, one core; mmsegmentation; ceiling: decoding the JPEG", rates[0], "images/s",
+              *rates[2:], goal="4", ceiling=rates[0] / rates[1])
 
     memory = []
     for i, _ in enumerate(train_loader(stream, 2, 0, 2 * MEMORY_BATCHES, workers=1)):
         if i in (MEMORY_BATCHES // 10, MEMORY_BATCHES - 1):
             worker, = multiprocessing.active_children()
             memory.append(int(Path(f"/proc/{worker.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-    yield row(f"memory of a worker after {MEMORY_BATCHES} batches, and after a tenth of them", memory[1] / 2 ** 20, "MiB",
-              memory[0] / 2 ** 20, goal="1.00 (steady)")
+    yield row(f"memory of a worker after {MEMORY_BATCHES} batches, and after a tenth of them", memory[1] / 2 ** 20,
+              "MiB", memory[0] / 2 ** 20, goal="1.00 (steady)")
 
 
 # ---- steps
 
 def ceiling(device, dtype):
-    """The FLOP/s of a large matrix product."""
+    """The FLOP/s of a large matrix product or 3x3 convolution, whichever has more: two libraries, which know different
+    processors well."""
     side = CPU_MATRIX if device.type == "cpu" else MATRIX
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    channels, height = 256, side // 16
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=dtype)
+    layer, x = (value.to(memory_format=memory_format(device)) for value in
+                (layer, torch.randn(4, channels, height, height, device=device, dtype=dtype)))
 
     def multiply():
-        for _ in range(10):
-            a @ b
+        a @ b
         synchronize(device)
-    return 10 * 2 * side ** 3 / in_turns(multiply)[0]
+
+    def convolve():
+        with torch.inference_mode():
+            layer(x)
+        synchronize(device)
+    seconds = in_turns(multiply, convolve)
+    return max(2 * side ** 3 / seconds[0], 2 * 9 * channels ** 2 * 4 * height ** 2 / seconds[1])
 
 
 def our_step(backbone, device, images, labels, amp=False):

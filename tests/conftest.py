@@ -97,12 +97,13 @@ def assert_same_run(ours, theirs):
 
 
 def train_flags(data, work_dir):
-    return ("--device", "cpu", "--data_path", data, "--work_dir", work_dir, "--backbone", "resnet50", "--pretrained", "none",
-            "--scale", 256, 64, "--crop_size", 64, "--batch_size", 2, "--workers", 0, "--max_iters", 4, "--log_interval", 1)
+    return ("--device", "cpu", "--data_path", data, "--work_dir", work_dir, "--backbone", "resnet50",
+            "--pretrained", "none", "--scale", 256, 64, "--crop_size", 64, "--batch_size", 2, "--workers", 0,
+            "--max_iters", 4, "--log_interval", 1)
 
 
 def untrained_checkpoint(path, names):
-    """Writes a network that was never trained, but whose answers vary from pixel to pixel, as train.py would save it."""
+    """Writes a network that was never trained, but whose answers vary from pixel to pixel, as train.py would."""
     torch.manual_seed(0)
     model = FCN8s(len(names), "resnet50")
     for layer in (model.decode_head.score_pool3, model.decode_head.score_pool4, model.decode_head.score_fr):
@@ -110,7 +111,8 @@ def untrained_checkpoint(path, names):
     colours = [[200, 10 * i, 5] for i in range(len(names))]
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": model.state_dict(), "meta": {
-        "backbone": "resnet50", "num_classes": len(names), "classes": names, "palette": colours, "scale": (96, 64)}}, path)
+        "backbone": "resnet50", "num_classes": len(names), "classes": names, "palette": colours,
+        "scale": (96, 64)}}, path)
     return path
 
 

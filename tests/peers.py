@@ -1,4 +1,4 @@
-"""The peers that the project is compared with, mmsegmentation 1.2.2 and torchfcn: their networks, losses and pipeline."""
+"""The peers that the project is compared with, mmsegmentation 1.2.2 and torchfcn: networks, losses and pipeline."""
 import importlib.util
 import sys
 import types
@@ -45,7 +45,8 @@ def mmseg_model(backbone, **test_cfg):
         "backbone": {"type": "ResNetV1c", "depth": DEPTHS[backbone], "num_stages": 4, "out_indices": (0, 1, 2, 3),
                      "dilations": (1, 1, 2, 4), "strides": (1, 2, 1, 1), "norm_cfg": norm, "norm_eval": False,
                      "style": "pytorch", "contract_dilation": True},
-        "decode_head": {**head, "in_channels": 2048, "in_index": 3, "channels": 512, "num_convs": 2, "concat_input": True,
+        "decode_head": {**head, "in_channels": 2048, "in_index": 3, "channels": 512, "num_convs": 2,
+                        "concat_input": True,
                         "loss_decode": {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0}},
         "auxiliary_head": {**head, "in_channels": 1024, "in_index": 2, "channels": 256, "num_convs": 1,
                            "concat_input": False,
@@ -72,7 +73,8 @@ def mmseg_pipeline():
     from mmseg.datasets.transforms import LoadAnnotations, PackSegInputs, PhotoMetricDistortion, RandomCrop
     cv2.setNumThreads(1)
     pipeline = Compose([
-        LoadImageFromFile(), LoadAnnotations(), RandomResize(scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
+        LoadImageFromFile(), LoadAnnotations(),
+        RandomResize(scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
         RandomCrop(crop_size=(512, 512), cat_max_ratio=0.75), RandomFlip(prob=0.5), PhotoMetricDistortion(),
         PackSegInputs()])
     return lambda image, label: pipeline({"img_path": str(image), "seg_map_path": str(label), "seg_fields": [],

@@ -72,9 +72,11 @@ def list_not_in_utf8(data, first):
     path.write_text(path.read_text(), encoding="utf-16")
 
 
-SPOILED = [(no_lists, "no VOC data there"), (no_trainaug, "python convert_voc_aug.py"), (no_val, "the lists there: aug"),
+SPOILED = [(no_lists, "no VOC data there"), (no_trainaug, "python convert_voc_aug.py"),
+           (no_val, "the lists there: aug"),
            (empty_list, "val.txt"), (id_without_image, "{first}.jpg"), (id_without_label, "{first}.png"),
-           (truncated_image, "{first}.jpg: the image does not decode"), (label_in_colours, "{first}.png: the label is in colours"),
+           (truncated_image, "{first}.jpg: the image does not decode"),
+           (label_in_colours, "{first}.png: the label is in colours"),
            (label_value_of_no_class, "{first}.png: label value 33"), (labels_all_background, "all background"),
            (label_of_another_size, "{first}.png: the label is"), (list_not_in_utf8, "val.txt: the list is not UTF-8")]
 
@@ -176,7 +178,8 @@ def test_a_truncated_checkpoint(checkpoint, drawn_voc, tmp_path):
 
 def test_a_checkpoint_of_another_backbone_or_number_of_classes(checkpoint, drawn_voc, tmp_path):
     flags = train_flags(drawn_voc, tmp_path / "run")
-    assert "backbone resnet50, this run vgg16" in error_line(TRAIN, *flags, "--backbone", "vgg16", "--resume", checkpoint)
+    line = error_line(TRAIN, *flags, "--backbone", "vgg16", "--resume", checkpoint)
+    assert "backbone resnet50, this run vgg16" in line
     assert "use --backbone resnet50" in error_line(TRAIN, *flags, "--backbone", "vgg16", "--pretrained", checkpoint)
     other = changed(checkpoint, tmp_path / "19.pth", num_classes=19)
     assert "num_classes 19, this run 21" in error_line(TRAIN, *flags, "--resume", other)

@@ -87,7 +87,8 @@ def checkpoint(drawn_voc, tmp_path_factory):
 
 
 def evaluate(checkpoint, data, *flags, status=0):
-    return run(ROOT / "evaluate.py", checkpoint, "--data_path", data, "--device", "cpu", "--workers", 0, *flags, status=status)
+    return run(ROOT / "evaluate.py", checkpoint, "--data_path", data, "--device", "cpu", "--workers", 0, *flags,
+               status=status)
 
 
 def test_table_and_json_agree(checkpoint, drawn_voc, tmp_path):
@@ -145,7 +146,8 @@ def test_the_references_ways_to_evaluate_run_as_commands(checkpoint, drawn_voc):
                                  (("--pad_to", 96, "--slide", 64, 32), "do not go together", 2),
                                  (("--ratios", 0), "above 0", 2), (("--ratios", 1e308), "up to 100", 2),
                                  (("--pad_to", 1_000_000), "take less", 1), (("--ratios", 0.001), "leaves no pixel", 1),
-                                 (("--backbone", "vgg16"), "leave out --backbone", 1), (("--at_once",), "--at_once", 1)):
+                                 (("--backbone", "vgg16"), "leave out --backbone", 1),
+                                 (("--at_once",), "--at_once", 1)):
         line = evaluate(checkpoint, drawn_voc, *flags, status=status).stderr.strip()
         assert words in line and "\n" not in line, line
 

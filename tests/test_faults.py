@@ -124,6 +124,18 @@ def test_an_image_turned_to_garbage_ends_all_ranks(own_drawn_voc, tmp_path):
     assert "ended with status 1" in output.splitlines()[-1] and "--resume auto" in output.splitlines()[-1]
 
 
+def test_a_bad_image_is_named_once_by_all_ranks_together(own_drawn_voc, tmp_path):
+    (own_drawn_voc / "JPEGImages/drawn_train_0000.jpg").write_bytes(b"garbage")
+    output = finish(start(own_drawn_voc, tmp_path / "run", *FLAGS, "--device_list", "0,1"), 1)
+    assert output.count("drawn_train_0000.jpg: the image does not decode") == 1 and "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_work_folder_is_found_before_the_data_are_read(tmp_path):
+    line = error_line(ROOT / "train.py", *train_flags(tmp_path / "no_data", "/proc/run"))
+    assert line.startswith("train.py: error: /proc/run: nothing can be written there")
+
+
 def test_an_unmounted_data_folder_is_told_from_a_missing_image(own_drawn_voc, tmp_path):
     from voc import DataError, read_image
     with pytest.raises(DataError, match="there is no such image"):

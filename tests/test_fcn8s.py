@@ -203,7 +203,8 @@ def test_a_torchvision_that_does_not_match_torch_is_explained(drawn_voc, tmp_pat
 
 def test_another_number_of_classes_gives_its_backbone_and_says_so(models, tmp_path):
     donor = FCN8s(19, "resnet50")
-    torch.save({"state_dict": donor.state_dict(), "meta": {"backbone": "resnet50", "num_classes": 19}}, tmp_path / "19.pth")
+    torch.save({"state_dict": donor.state_dict(), "meta": {"backbone": "resnet50", "num_classes": 19}},
+               tmp_path / "19.pth")
     model = FCN8s(21, "resnet50")
     head = model.decode_head.score_fr.weight.clone()
     assert "19 classes" in load_weights(model, tmp_path / "19.pth").origin
@@ -247,7 +248,8 @@ def test_the_plain_file_of_torchfcns_trainer_keeps_what_tells_its_form(tmp_path,
     """Its checkpoints hold a NumPy number, and the class's name under `arch`."""
     monkeypatch.chdir(tmp_path)
     state = {key.split(".", 1)[1]: value for key, value in FCN8s(21, "vgg16").state_dict().items()}
-    torch.save({"epoch": 1, "arch": "FCN8sAtOnce", "model_state_dict": state, "best_mean_iu": numpy.float64(0.5)}, "t.pth")
+    torch.save({"epoch": 1, "arch": "FCN8sAtOnce", "model_state_dict": state, "best_mean_iu": numpy.float64(0.5)},
+               "t.pth")
     with pytest.raises(WeightsError, match="refused") as caught:
         read_checkpoint("t.pth")
     command = str(caught.value).split("make a plain one: ")[1]
@@ -263,7 +265,8 @@ def test_published_models_go_by_their_name(models, tmp_path):
     file = (tmp_path / "weights").rename(tmp_path / f"fcn_r50-d8_voc-{digest}.pth")
     output = run("-c", f"""
 import fcn8s
-assert fcn8s.VOC_URLS["resnet50_d8_voc"].endswith("-52dc5306.pth"), fcn8s.VOC_URLS["resnet101_d8_voc"].endswith("-0bb4e798.pth")
+assert fcn8s.VOC_URLS["resnet50_d8_voc"].endswith("-52dc5306.pth")
+assert fcn8s.VOC_URLS["resnet101_d8_voc"].endswith("-0bb4e798.pth")
 fcn8s.VOC_URLS["resnet50_d8_voc"] = "file://{file}"
 model, _ = fcn8s.model_from_file("resnet50_d8_voc")
 print(model.backbone_name, model.num_classes, model.origin)
@@ -290,8 +293,8 @@ def test_weights_of_the_original_release_switch_the_form(tmp_path):
 def test_fine_tuning_keeps_the_form_and_evaluate_uses_it(drawn_voc, tmp_path):
     state = {key.split(".", 1)[1]: value for key, value in FCN8s(21, "vgg16").state_dict().items()}
     torch.save(state, tmp_path / "fcn8s_from_caffe.pth")
-    own_size = run(ROOT / "evaluate.py", tmp_path / "fcn8s_from_caffe.pth", "--backbone", "vgg16", "--data_path", drawn_voc,
-                   "--device", "cpu", "--workers", 0, "--max_images", 2).stdout
+    own_size = run(ROOT / "evaluate.py", tmp_path / "fcn8s_from_caffe.pth", "--backbone", "vgg16", "--data_path",
+                   drawn_voc, "--device", "cpu", "--workers", 0, "--max_images", 2).stdout
     assert "padded form" in own_size and "of their own size" in own_size
     run(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), "--backbone", "vgg16", "--max_iters", 1,
         "--pretrained", tmp_path / "fcn8s_from_caffe.pth")
@@ -307,14 +310,17 @@ def test_the_original_releases_input_is_bgr_less_its_mean():
 
 def test_an_incomplete_network_is_not_scored(models, tmp_path):
     state = models["resnet50_d8"].state_dict()
-    torch.save({"state_dict": {key: value for key, value in state.items() if "conv_cat" not in key}}, tmp_path / "a.pth")
+    torch.save({"state_dict": {key: value for key, value in state.items() if "conv_cat" not in key}},
+               tmp_path / "a.pth")
     with pytest.raises(WeightsError, match="decode_head.conv_cat.conv.weight is missing"):
         model_from_file(tmp_path / "a.pth", "resnet50_d8")
     with pytest.raises(WeightsError, match="add --backbone"):
         model_from_file(tmp_path / "a.pth")
-    torch.save({"state_dict": {key: value for key, value in state.items() if key.startswith("backbone.")}}, tmp_path / "b.pth")
+    torch.save({"state_dict": {key: value for key, value in state.items() if key.startswith("backbone.")}},
+               tmp_path / "b.pth")
     assert "without heads" in load_weights(FCN8s(21, "resnet50_d8"), tmp_path / "b.pth").origin
-    torch.save({"state_dict": {key: value for key, value in state.items() if not key.startswith("aux")}}, tmp_path / "c.pth")
+    torch.save({"state_dict": {key: value for key, value in state.items() if not key.startswith("aux")}},
+               tmp_path / "c.pth")
     model, _ = model_from_file(tmp_path / "c.pth", "resnet50_d8")
     assert model.auxiliary_head is None
     assert "auxiliary head starts afresh" in load_weights(FCN8s(21, "resnet50_d8"), tmp_path / "c.pth").origin
@@ -341,7 +347,8 @@ def test_half_a_head_is_an_error_that_names_the_key(models):
 def test_a_truncated_or_foreign_file_is_named(models, tmp_path):
     torch.save(models["resnet50"].state_dict(), tmp_path / "whole.pth")
     content = (tmp_path / "whole.pth").read_bytes()
-    for name, part in (("half", content[:len(content) // 2]), ("start", content[:100]), ("empty", b""), ("text", b"hello\n")):
+    for name, part in (("half", content[:len(content) // 2]), ("start", content[:100]), ("empty", b""),
+                       ("text", b"hello\n")):
         (tmp_path / name).write_bytes(part)
         with pytest.raises(WeightsError, match=name) as caught:
             read_checkpoint(tmp_path / name)

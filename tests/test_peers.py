@@ -73,7 +73,8 @@ def test_mmsegmentations_logits_loss_and_gradients(backbone, tmp_path, monkeypat
     worst = max((p.grad - gradients[name].grad).norm() / gradients[name].grad.norm()
                 for name, p in model.named_parameters())
     assert worst <= 1e-9
-    print(f"\n{backbone}: logits {max(differences):.1e}, loss {(loss - theirs).abs().item():.1e}, gradients {worst:.1e}")
+    print(f"\n{backbone}: logits {max(differences):.1e}, loss {(loss - theirs).abs().item():.1e}, "
+          f"gradients {worst:.1e}")
 
 
 @pytest.mark.parametrize("name, form", (("FCN8s", "padded"), ("FCN8sAtOnce", "at_once")))
@@ -200,7 +201,7 @@ def test_draws_of_scale_crop_and_flip(real_voc):
 
 
 def test_draws_of_the_photometric_distortion(real_voc):
-    """The change that each step makes to a real picture, measured in the numbers that it changes; and all steps together."""
+    """The change that each step makes to a real picture, measured in the numbers that it changes; and all together."""
     import cv2
     from mmseg.datasets.transforms import PhotoMetricDistortion
     np.random.seed(0)
@@ -269,8 +270,9 @@ def peers_views(peer, images, size, flips):
     for image in images:
         for flip in flips:
             sample = SegDataSample()
-            sample.set_metainfo({"img_path": "", "ori_shape": size, "img_shape": image.shape[-2:], "pad_shape": image.shape[-2:],
-                                 "padding_size": [0] * 4, "flip": flip, "flip_direction": "horizontal" if flip else None})
+            sample.set_metainfo({"img_path": "", "ori_shape": size, "img_shape": image.shape[-2:],
+                                 "pad_shape": image.shape[-2:], "padding_size": [0] * 4, "flip": flip,
+                                 "flip_direction": "horizontal" if flip else None})
             with torch.no_grad():
                 views += peer.predict(image.flip(-1) if flip else image, [sample])
     return views

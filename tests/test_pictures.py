@@ -90,7 +90,8 @@ def test_photographs_of_every_kind_are_labelled_alike_and_others_named(checkpoin
     for kind in kinds:
         assert np.array_equal(np.asarray(maps[kind]), expected), kind
     assert [maps[name].size for name in ("thin", "flat", "dot")] == [(1, 300), (2000, 1), (1, 1)]
-    assert maps["plain"].mode == "P" and maps["plain"].getpalette()[:12] == [200, 0, 5, 200, 10, 5, 200, 20, 5, 200, 30, 5]
+    assert maps["plain"].mode == "P"
+    assert maps["plain"].getpalette()[:12] == [200, 0, 5, 200, 10, 5, 200, 20, 5, 200, 30, 5]
 
 
 def test_eighty_megapixels_are_labelled_at_their_size_in_little_memory(checkpoint, tmp_path):
@@ -101,8 +102,8 @@ def test_eighty_megapixels_are_labelled_at_their_size_in_little_memory(checkpoin
 atexit.register(lambda: print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))))
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")"""
-    output = run("-c", with_peak, EVALUATE, checkpoint, "--images", tmp_path / "huge.jpg", "--save_dir", tmp_path / "out",
-                 "--device", "cpu").stdout
+    output = run("-c", with_peak, EVALUATE, checkpoint, "--images", tmp_path / "huge.jpg", "--save_dir",
+                 tmp_path / "out", "--device", "cpu").stdout
     with Image.open(tmp_path / "out/huge.png") as classes:
         assert classes.size == (10_000, 8_000) and classes.mode == "P"
     assert int(output.split()[-2]) / 2 ** 20 < 3  # GiB, of which PyTorch and the photograph take 1
@@ -113,7 +114,8 @@ def test_flags_of_pictures_that_cannot_take_effect_are_errors(checkpoint, drawn_
             ((), "one of the arguments --data_path --images --export is required"),
             (("--images", ROOT), "--images needs --save_dir"), (("--data_path", drawn_voc, "--overlay"), "--save_dir"),
             (("--images", ROOT, "--data_path", drawn_voc), "not allowed with"),
-            (("--images", ROOT, "--save_dir", tmp_path, "--json", "x.json"), "--json has no effect without --data_path"),
+            (("--images", ROOT, "--save_dir", tmp_path, "--json", "x.json"),
+             "--json has no effect without --data_path"),
             (("--export", tmp_path / "x.onnx", "--flip"), "--flip has no effect with --export"),
             (("--data_path", drawn_voc, "--export_size", 8, 8), "--export_size has no effect without --export")):
         assert words in error_line(EVALUATE, checkpoint, *flags, status=2)
@@ -127,9 +129,11 @@ def test_flags_of_pictures_that_cannot_take_effect_are_errors(checkpoint, drawn_
             (("--images", tmp_path / "absent", "--save_dir", tmp_path / "out"), "absent: there is no such photograph"),
             (("--images", image, "--save_dir", tmp_path), "holds what is read"),
             (("--images", overlay, "--save_dir", tmp_path / "made", "--overlay"), "holds what is read"),
-            (("--images", image, "--save_dir", image / "out"), "no folder can be made there"),
-            (("--images", tmp_path / "names.txt", "--save_dir", tmp_path / "out"), "names.txt: the image does not decode"),
-            (("--images", image, "--save_dir", tmp_path / "out", "--classes", tmp_path / "names.txt"), "has 2; name its own")):
+            (("--images", image, "--save_dir", image / "out"), "nothing can be written there"),
+            (("--images", tmp_path / "names.txt", "--save_dir", tmp_path / "out"),
+             "names.txt: the image does not decode"),
+            (("--images", image, "--save_dir", tmp_path / "out", "--classes", tmp_path / "names.txt"),
+             "has 2; name its own")):
         with pytest.raises(ERRORS, match=words):
             evaluate(monkeypatch, checkpoint, "--device", "cpu", *flags)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.png", "made", "names.txt"]
@@ -284,7 +288,8 @@ def test_an_exported_network_is_the_network(tmp_path, monkeypatch, capfd, backbo
     model = FCN8s(4, backbone)
     for parameter in model.decode_head.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    torch.save({"state_dict": model.state_dict(), "meta": {"backbone": backbone, "classes": ANIMALS}}, tmp_path / "net.pth")
+    torch.save({"state_dict": model.state_dict(), "meta": {"backbone": backbone, "classes": ANIMALS}},
+               tmp_path / "net.pth")
     size_flags = ("--export_size", *size) if size else ()
     evaluate(monkeypatch, tmp_path / "net.pth", "--export", tmp_path / "net.onnx", *size_flags)
     output = capfd.readouterr()

@@ -31,12 +31,13 @@ def needs(command):
 
 
 ASCENDS = ("npu-smi", "source ", "python3 -c 'import")  # steps that only a machine with an NPU can check
-COMMANDS = [command for command in commands("README.md") if command not in THEMSELVES and not command.startswith(ASCENDS)]
+COMMANDS = [command for command in commands("README.md")
+            if command not in THEMSELVES and not command.startswith(ASCENDS)]
 
 
 @pytest.fixture(scope="module")
 def clone(drawn_voc, tmp_path_factory):
-    """A folder like a clone's, with what the README takes for granted: photographs, a labelme export, trained networks."""
+    """A folder like a clone's, with what the README takes for granted: photographs, a labelme export, networks."""
     folder = tmp_path_factory.mktemp("clone")
     for path in (*ROOT.glob("*.py"), *ROOT.glob("*.txt")):
         (folder / path.name).symlink_to(path)

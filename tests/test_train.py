@@ -19,10 +19,12 @@ def test_files_and_log_lines(finished):
     work_dir, output = finished
     assert sorted(p.name for p in work_dir.iterdir()) == [
         "FCN_bs2_1p_acc.log", "ckpt", "curves.png", "metrics.jsonl", "result.json", "train_0.log", "val_samples.png"]
-    assert sorted(p.name for p in (work_dir / "ckpt").iterdir()) == ["best.pth", "iter_5.pth", "iter_8.pth", "latest.pth"]
+    assert sorted(p.name for p in (work_dir / "ckpt").iterdir()) == [
+        "best.pth", "iter_5.pth", "iter_8.pth", "latest.pth"]
     assert (work_dir / "train_0.log").read_text() == output
     for words in (r"resnet50, 23,710,367 parameters, from random weights", r"1 x cpu", r"12 images of 'trainaug'",
-                  r"8 iterations of 1 x 2 = 2 images, 1.3 epochs", r"iter 8/8  lr \S+  loss [\d.]+ \(main [\d.]+, aux 0.0000\)  "
+                  r"8 iterations of 1 x 2 = 2 images, 1.3 epochs",
+                  r"iter 8/8  lr \S+  loss [\d.]+ \(main [\d.]+, aux 0.0000\)  "
                   r"[\d.]+ images/s  iter [\d.]+ s, data [\d.]+ s  memory \d+ MiB  left 0:00:00"):
         assert re.search(words, output), words
 
@@ -72,8 +74,8 @@ def test_evaluate_prints_the_score_of_the_training(finished, drawn_voc, tmp_path
 
 def test_a_resumed_run_is_the_same_run(finished, drawn_voc, tmp_path):
     """From iteration 5 of 8, in a folder of its own, with another number of workers: the same parameters, bit by bit,
-    and the same log, though log lines are at 4 and 8, and so straddle the checkpoint. Its tensors lie contiguous in memory,
-    as those of an NPU do, not channels last."""
+    and the same log, though log lines are at 4 and 8, and so straddle the checkpoint. Its tensors lie contiguous in
+    memory, as those of an NPU do, not channels last."""
     flags = ("--max_iters", 8, "--eval_interval", 3, "--checkpoint_interval", 5, "--log_interval", 4, "--workers", 2)
     train(drawn_voc, tmp_path / "whole", *flags)
     checkpoint = state(tmp_path / "whole/ckpt/iter_5.pth")
@@ -127,7 +129,8 @@ def test_mixed_precision_on_a_cpu_is_bfloat16(drawn_voc, tmp_path):
 
 def test_fine_tuning_starts_from_a_checkpoint_of_ours(finished, drawn_voc, tmp_path):
     output = train(drawn_voc, tmp_path / "run", "--max_iters", 1, "--pretrained", finished[0] / "ckpt/best.pth").stdout
-    assert "best.pth: a checkpoint of train.py" in output and metrics(tmp_path / "run")[0]["loss"] < metrics(finished[0])[0]["loss"]
+    assert "best.pth: a checkpoint of train.py" in output
+    assert metrics(tmp_path / "run")[0]["loss"] < metrics(finished[0])[0]["loss"]
 
 
 def test_ignored_pixels_count_in_the_denominator():

@@ -116,7 +116,7 @@ def test_crops_avoid_a_single_class(stream):
 
 
 def test_void_counts_neither_as_a_class_nor_in_a_share(stream):
-    """With 80% void, and classes 1 and 2 sharing the rest, the first corner drawn is good; with class 1 alone none is."""
+    """With 80% void, and classes 1 and 2 sharing the rest, the first corner drawn is good; with 1 alone none is."""
     label = torch.full((CROP, 3 * CROP), IGNORE, dtype=torch.uint8)
     label[:, ::10], label[:, 5::10] = 1, 2
     alone = label.where(label != 2, torch.tensor(IGNORE, dtype=torch.uint8))
@@ -214,8 +214,8 @@ def test_saturation_and_hue_agree_with_colorsys(steps):
     """Python's colorsys in floats; 8-bit HSV rounds its three numbers, so that colours differ by a few levels."""
     def reference(pixel):
         hue, saturation, value = colorsys.rgb_to_hsv(*(pixel / 255))
-        return colorsys.hsv_to_rgb((hue + steps.get("hue", 0) / 180) % 1, min(saturation * steps.get("saturation", 1), 1),
-                                   value)
+        return colorsys.hsv_to_rgb((hue + steps.get("hue", 0) / 180) % 1,
+                                   min(saturation * steps.get("saturation", 1), 1), value)
 
     difference = np.abs(distort(PIXELS, **steps) - 255 * np.array([reference(pixel) for pixel in PIXELS]))
     assert difference.mean() < 1.2 and difference.max() <= 7
