@@ -221,9 +221,9 @@ class StopSignal:
     def note(self, number, frame):
         self.number = number
 
-    def agreed(self, iteration):
-        """The signal's number if the run is to stop after this iteration, else 0; the same in every process, as one
-        that went on alone would wait for the others in vain.
+    def agreed(self, iteration=0):
+        """The signal's number if the run is to stop now, after this iteration, else 0; the same in every process, as
+        one that went on alone would wait for the others in vain.
 
         Asking the others waits for the device, so accelerators are asked every STOP_INTERVAL iterations only.
         """

@@ -229,7 +229,7 @@ def scales_of(scale, ratios):
 
 
 def evaluate(model, voc, sizes, scale, device, *, batch_size=1, workers=0, processes=None, ratios=None, flip=False,
-             pad_to=None, slide=None, each=None):
+             pad_to=None, slide=None, each=None, stop=None):
     """The confusion matrix of the model on the images of a list, in float32.
 
     sizes: (H, W) of the images to score, the first of the list, as VOC.check returns them
@@ -237,6 +237,7 @@ def evaluate(model, voc, sizes, scale, device, *, batch_size=1, workers=0, proce
     processes: those of the run, among which the batches are dealt out
     flip, pad_to, slide: see predict
     each: called with the index of each image in the list and its class map, uint8 [H, W]
+    stop: the run's StopSignal; what there is when one comes is then returned
     -> int64 [C, C], row: the label's class, column: the predicted one; the pixels labelled IGNORE are left out
     """
     processes = processes or Processes()
@@ -249,6 +250,8 @@ def evaluate(model, voc, sizes, scale, device, *, batch_size=1, workers=0, proce
     confusion = np.zeros((model.num_classes,) * 2, np.int64)
     progress = tqdm(total=sum(map(len, batches)), desc="evaluating", unit="image", leave=False, disable=None)
     for indices, (scaled, labels) in zip(batches, loader):
+        if stop is not None and stop.number:
+            break
         views = [view for images in scaled for view in predict(model, images.to(device), flip, pad_to, slide)]
         for i, label in enumerate(labels):
             prediction = class_map([view[i] for view in views], label.shape).cpu().numpy()

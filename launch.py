@@ -10,7 +10,7 @@ from cli import Parser, whole_number
 
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}  # by these a process sees some devices
 DEFAULT_PORT = 29500  # torchrun's
-SAVING_TIME = 300  # seconds that a stopped run has for evaluation and checkpoint; torchrun's own are 30
+SAVING_TIME = 300  # seconds that a stopped run has to save a checkpoint; torchrun's own are 30
 UNDER_TORCHRUN = "WORLD_SIZE" in os.environ
 
 

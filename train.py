@@ -237,6 +237,7 @@ class Speed:
 class Progress:
     """What a run has done so far; it travels in the checkpoints."""
     iteration: int = 0
+    evaluated: int = 0  # the iteration of the last evaluation
     samples: int = 0  # of the stream
     best: float = -1.0  # mIoU
     sums: list = (0.0,) * 5  # since the last log line, of what Trainer.step returns
@@ -281,33 +282,34 @@ class Trainer:
         """Trains to the end, or until a signal asks to stop. -> that signal's number, or 0"""
         args, progress = self.args, self.progress
         stop, stopped = StopSignal(self.processes, self.device), 0
+        self.started = time.perf_counter() - progress.seconds
+        self.sums = torch.tensor(progress.sums, device=self.device)
+        if progress.evaluated < progress.iteration and self.due(args.eval_interval):
+            stopped = self.evaluate(val_data, val_sizes, stop)  # the stop came before its end
         to_come = (self.last - progress.iteration) * self.images
         batches = iter(train_loader(stream, args.batch_size, progress.samples, progress.samples + to_come, args.workers,
                                     self.processes.rank, self.processes.count, pins_memory(self.device)))
-        sums = torch.tensor(progress.sums, device=self.device)
         speed = Speed(self.images, self.device, self.last - progress.iteration)
-        started = time.perf_counter() - progress.seconds
         while progress.iteration < self.last and not stopped:
             waiting_since = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - waiting_since
-            sums += self.step(batch)
+            self.sums += self.step(batch)
             progress.iteration += 1
             progress.samples += self.images
             speed.count(waited)
             if self.due(args.log_interval):
-                self.log(sums.tolist(), speed.read())
-                sums.zero_()
+                self.log(self.sums.tolist(), speed.read())
+                self.sums.zero_()
                 speed.start()
             stopped = stop.agreed(progress.iteration)
-            evaluates, saves = self.due(args.eval_interval), stopped or self.due(args.checkpoint_interval)
-            if evaluates or saves:
-                improved = evaluates and self.evaluate(val_data, val_sizes)
-                progress.sums, progress.seconds = sums.tolist(), time.perf_counter() - started
-                if improved or saves:
-                    self.save(progress.iteration if saves else None, improved)
+            if stopped or self.due(args.checkpoint_interval):
+                self.save(progress.iteration)  # before an evaluation, which may take long
                 speed.start()
-        return stopped if progress.iteration < self.last else 0
+            if self.due(args.eval_interval) and not stopped:
+                stopped = self.evaluate(val_data, val_sizes, stop)
+                speed.start()
+        return stopped if progress.evaluated < self.last else 0
 
     def due(self, interval):
         return self.progress.iteration % interval == 0 or self.progress.iteration == self.last
@@ -366,25 +368,35 @@ class Trainer:
             raise RunError(f"the loss was no number for {int(self.longest_nan_run)} steps in a row, at iteration "
                            f"{iteration}; lower --lr, or go on from one of {self.folder.checkpoints} by --resume")
 
-    def evaluate(self, val_data, val_sizes):
-        """Scores the model. -> whether it is the best so far"""
+    def evaluate(self, val_data, val_sizes, stop):
+        """Scores the model, and saves it if it is the best so far. A signal ends it without a score, after a checkpoint
+        from which it will be done. -> that signal's number, or 0"""
+        iteration = self.progress.iteration
         confusion = evaluate(self.model, val_data, val_sizes, self.args.scale, self.device, workers=self.args.workers,
-                             processes=self.processes)
-        scores, iteration = scores_of(confusion), self.progress.iteration
+                             processes=self.processes, stop=stop)
+        stopped = stop.agreed()
+        if stopped:
+            self.save(iteration)
+            return stopped
+        scores = scores_of(confusion)
         self.folder.add_metrics({"iter": iteration, **{name: scores[name] for name in ("aAcc", "mIoU", "mAcc")}})
         if iteration == self.last:
             self.folder.log(format_table(scores, self.classes))
         self.folder.log(f"iter {iteration}/{self.last}  {self.args.val_split}: {summary(scores)}")
+        self.progress.evaluated = iteration
         improved = scores["mIoU"] > self.progress.best and not self.nan_run  # else `save` would refuse it
         if improved:
             self.progress.best = scores["mIoU"]
+        saves = self.due(self.args.checkpoint_interval) and not self.nan_run  # once more, now with the score
+        if improved or saves:
+            self.save(iteration if saves else None, improved)
         if self.folder.writes:
             try:
                 self.draw(val_data)
             except Exception as error:  # a training of hours does not end for want of a picture
                 self.folder.log(f"curves.png or val_samples.png could not be drawn: {first_line(error)}")
             self.model.train()
-        return improved
+        return 0
 
     def draw(self, val_data):
         """Writes curves.png, and val_samples.png: the same few validation images each time, spread over the list."""
@@ -401,8 +413,9 @@ class Trainer:
             self.folder.board.add_image("val_samples", np.asarray(grid), self.progress.iteration, dataformats="HWC")
             self.folder.board.flush()
 
-    def save(self, number, best):
+    def save(self, number, best=False):
         """Writes a checkpoint; one of a network that has come to nothing would only hide the last good one."""
+        self.progress.sums, self.progress.seconds = self.sums.tolist(), time.perf_counter() - self.started
         if self.nan_run > 0 and self.progress.iteration == self.last:
             raise RunError(f"the loss is no number at the end, iteration {self.last}; lower --lr, or go on from one of "
                            f"{self.folder.checkpoints} by --resume")
@@ -554,7 +567,7 @@ def train(args, processes):
         if folder.writes and trainer.progress.iteration >= trainer.last and not folder.metrics():
             raise RunError(f"{resume}: is of iteration {trainer.progress.iteration} of {trainer.last}, nothing is left "
                            "to train; raise --max_iters, or score it with evaluate.py")
-    folder.open(trainer.progress.iteration)
+    folder.open(trainer.progress.iteration, trainer.progress.evaluated)
     if args.tensorboard:
         folder.open_board(trainer.progress.iteration)
     folder.log(start_lines(args, trainer, origin, len(train_data), len(val_data)))

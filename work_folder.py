@@ -46,12 +46,12 @@ class WorkFolder:
     def holds_run(self):
         return bool(self.metrics()) or self.latest.is_symlink()
 
-    def open(self, iteration):
-        """Makes the folders, cuts the metrics of an earlier run back to `iteration`, and removes what a process that
-        was killed left half written."""
+    def open(self, iteration, evaluated):
+        """Makes the folders, cuts the metrics of an earlier run back to `iteration`, its scores to that last
+        `evaluated`, and removes what a process that was killed left half written."""
         if not self.writes:
             return
-        kept = [line for line in self.metrics() if line["iter"] <= iteration]
+        kept = [line for line in self.metrics() if line["iter"] <= (evaluated if "mIoU" in line else iteration)]
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for leftover in self.checkpoints.glob(".*.tmp"):

@@ -202,7 +202,8 @@ def test_a_checkpoint_past_the_end_and_one_without_training_state(checkpoint, dr
 
 
 def test_evaluate_names_what_is_wrong_with_its_flags(checkpoint, drawn_voc, tmp_path):
-    assert "--json" in evaluate_error(checkpoint, drawn_voc, "--json", tmp_path / "absent/scores.json")
+    line = evaluate_error(checkpoint, drawn_voc, "--json", tmp_path / "absent/scores.json")
+    assert "absent/scores.json: no file can be written there" in line
     for flag in ("--json", "--export"):
         target = ("--data_path", drawn_voc, flag) if flag == "--json" else (flag,)
         assert "would overwrite the checkpoint" in error_line(EVALUATE, checkpoint, *target, checkpoint, status=2)

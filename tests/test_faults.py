@@ -39,6 +39,43 @@ def test_a_killed_and_a_stopped_run_go_on_as_if_nothing_happened(whole, drawn_vo
     assert_same_run(work_dir, whole)
 
 
+STOPPED = """
+import os, runpy, signal, sys
+import evaluate
+
+def stopped(*args, confusion_matrix=evaluate.confusion_matrix):
+    if os.environ.get("RANK") != "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return confusion_matrix(*args)
+
+evaluate.confusion_matrix = stopped
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("iteration, ranks", [(3, 2), (5, 1)])
+def test_a_stop_during_an_evaluation_puts_it_off(iteration, ranks, drawn_voc, tmp_path):
+    """Between two checkpoints, and at the end of the run; of two processes, one is asked to stop."""
+    work_dir, script = tmp_path / "run", tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    starter = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks) if ranks > 1 else ()
+    flags = ("--max_iters", 5, "--eval_interval", 3, "--checkpoint_interval", 4)
+    run(*starter, TRAIN, *train_flags(drawn_voc, tmp_path / "whole"), *flags)
+    command = (TRAIN, *train_flags(drawn_voc, work_dir), *flags, "--resume", "auto")
+    if iteration == 5:
+        shutil.copytree(tmp_path / "whole", work_dir, symlinks=True)
+        (work_dir / "ckpt/iter_5.pth").unlink()
+        (work_dir / "ckpt/latest.pth").unlink()
+        (work_dir / "ckpt/latest.pth").symlink_to("iter_4.pth")
+    output = run(*starter, script, *command, status=143 if ranks == 1 else 1, env={"PYTHONPATH": str(ROOT)}).stdout
+    assert f"stopped by SIGTERM at iteration {iteration}, which is saved" in output
+    assert state(work_dir / "ckpt/latest.pth")["progress"]["iteration"] == iteration
+    assert f'"iter": {iteration}, "aAcc"' not in (work_dir / "metrics.jsonl").read_text()
+    run(*starter, *command)
+    assert_same_run(work_dir, tmp_path / "whole")
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(whole, drawn_voc, tmp_path):
     work_dir = shutil.copytree(whole, tmp_path / "run", symlinks=True)
     newest = work_dir / "ckpt/iter_20.pth"
@@ -71,7 +108,7 @@ from work_folder import RunError, WorkFolder
 folder = WorkFolder(Path(sys.argv[1]), "0", writes=True, keep=2)
 last = 0
 for kill in range(20):
-    folder.open(last)
+    folder.open(last, 0)
     child = os.fork()
     if child == 0:
         number = last
@@ -93,7 +130,7 @@ for kill in range(20):
     last = number
 print("the last is", last)
 
-folder.open(last)
+folder.open(last, 0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # as if the disk were full
 try:
     folder.save({"values": torch.zeros(300_000)}, last + 1, True)

@@ -16,7 +16,7 @@ from fcn8s import FCN8s
 from voc import IGNORE, DataError, palette, prepare, read_classes
 
 EVALUATE = ROOT / "evaluate.py"
-ERRORS = (DataError, ev.ExportError, ev.WeightsError)
+ERRORS = (OSError, DataError, ev.ExportError, ev.WeightsError)
 ANIMALS = ("ground", "猫", "sheep dog", "owl")
 ORIENTATION, TURN_RIGHT = 0x0112, 6  # EXIF: to be shown turned by 90 degrees clockwise
 
