@@ -20,6 +20,13 @@ HANGS = 240  # seconds after which a command that takes a few is said to hang
 REAL_VOC = Path(os.environ.get("FCN8S_VOC", ROOT.parent / "shared" / "voc"))
 
 
+def pytest_configure():
+    """Half the cores for each of two tests at a time, and the same in every process: torchrun would give its own
+    another number, and sums by another number of threads are not equal to the bit."""
+    os.environ.setdefault("OMP_NUM_THREADS", str((os.cpu_count() + 1) // 2))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 def run(*command, status=0, cwd=ROOT, env=None):
     """Runs `python COMMAND...` in a process of its own, checks its exit status, and returns it with its output."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,

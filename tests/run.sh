@@ -6,8 +6,7 @@ here=$(dirname "$0")
 source "$here/../find_python.sh"
 modules=(numpy scipy PIL tqdm matplotlib torch torchvision pytest sklearn xdist onnx onnxruntime tensorboard)
 
-run_tests() {  # ARGUMENTS: two tests at a time, half the cores each; what takes time is mostly starting processes
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}
+run_tests() {  # ARGUMENTS: two tests at a time, as what takes time is mostly starting processes
     exec "$python" -m pytest --numprocesses 2 --dist worksteal "$here" "$@"
 }
 
