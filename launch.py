@@ -119,7 +119,9 @@ def launch(args, script):
         return status if status > 0 else 128 - status  # 128 + signal, as shells report it
     except SignalException as error:
         return 128 + error.sigval
-    except DistError as error:  # a port in use, a machine that does not answer or does not come
+    except RuntimeError as error:  # a port in use, a machine that does not answer or does not come
+        if not isinstance(error, DistError) and "EADDRINUSE" not in str(error):  # PyTorch 2.6's is a bare RuntimeError
+            raise
         problem = (f"port {port} is in use on this machine; name another by --master_port" if "EADDRINUSE" in str(error)
                    else f"could not meet the other machines at {address}:{port} within {args.timeout} s, the --timeout "
                         f"({str(error).splitlines()[0]})")
