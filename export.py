@@ -1,87 +1,28 @@
-"""A trained network as an ONNX file, for Ascend's or any other inference engine."""
-import importlib.util
-import math
-import warnings
+"""Writes a trained network as an ONNX file: `python export.py CHECKPOINT model.onnx`, checked with ONNX Runtime."""
+from pathlib import Path
 
-import numpy as np
-import torch
-
-from cli import check_new_file, whole_file
-from device import check_fits
-from voc import prepare
-
-TOLERANCE = 1e-4  # of the largest logit
-OPSET = 11  # the oldest with PyTorch's way to resize, for engines that lag behind
-TRACED, OTHERS = (2, 96, 120), ((1, 65, 33), (3, 40, 150))  # batch, height, width to check a dynamic file
+from cli import Parser, file_path, run, whole_number
+from flags import MAX_SIDE, add_network_flags
 
 
-class ExportError(ValueError):
-    """A network that cannot be exported; the message is one line for the user."""
+def parse_args(argv=None):
+    parser = Parser(prog="export.py", description="Write a trained network as an ONNX file.",
+                    usage="%(prog)s CHECKPOINT FILE [--size HEIGHT WIDTH] [flags]")
+    add_network_flags(parser)
+    parser.add_argument("file", metavar="FILE", type=file_path, help="the ONNX file")
+    parser.add_argument("--size", type=whole_number(1, MAX_SIDE), nargs=2, metavar=("HEIGHT", "WIDTH"),
+                        help="one fixed shape, batch 1, in pixels (default: any batch and size)")
+    args = parser.parse_args(argv)
+    if args.file.resolve() == Path(args.checkpoint).resolve():
+        parser.error(f"{args.file} would overwrite the checkpoint; name another file")
+    return args
 
 
-class WithPreparation(torch.nn.Module):
-    """A network as it is exported: images float32 [N, 3, H, W], RGB, 0..255 -> logits [N, C, H, W]."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        return self.model(prepare(images, self.model.form))["out"]
+def main():
+    args = parse_args()
+    from onnx_file import export
+    return export(args.checkpoint, args.file, args.size, args.backbone, args.at_once)
 
 
-def export(model, names, path, size=None):
-    """Writes the network as an ONNX file, if ONNX Runtime then computes what PyTorch does.
-
-    names: of the classes; size: (height, width) of one fixed shape, batch 1; None: any batch and size
-    -> the largest difference of the logits, relative to the largest. Raises ExportError.
-    """
-    missing = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ExportError(f"--export needs packages that are not there; pip install {' '.join(missing)}")
-    check_new_file(path)
-    network = WithPreparation(model).eval()
-    traced, others = ((1, *size), ()) if size else (TRACED, OTHERS)
-    check_fits(3 * math.prod(traced), f"--export_size {traced[1]} {traced[2]}")
-    with whole_file(path) as temporary:
-        write_onnx(network, names, traced, temporary, dynamic=bool(others))
-        difference = max(onnx_difference(network, temporary, shape) for shape in (traced, *others))
-        if not difference <= TOLERANCE:
-            raise ExportError(f"{path}: not written, as ONNX Runtime's logits differ from PyTorch's by "
-                              f"{difference:.1e} of the largest; at most {TOLERANCE} is right")
-    return difference
-
-
-def write_onnx(network, names, shape, path, dynamic):
-    """Traces the network on images of a shape (batch, height, width); `dynamic`: the file takes any shape.
-
-    The file's metadata have the names of the classes under `classes`, one a line.
-    """
-    import onnx  # only here: nothing else needs it
-
-    axes = {0: "batch", 2: "height", 3: "width"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter is the older of PyTorch's two
-        # The newer one (dynamo=True) needs onnxscript, whose releases for PyTorch 2.6 fix the size.
-        torch.onnx.export(network, (random_images(shape),), path, input_names=["images"], output_names=["logits"],
-                          opset_version=OPSET, dynamo=False,
-                          dynamic_axes={"images": axes, "logits": axes} if dynamic else None)
-    file = onnx.load(path)
-    onnx.helper.set_model_props(file, {"classes": "\n".join(names)})
-    onnx.save(file, path)
-
-
-def onnx_difference(network, path, shape):
-    """The largest difference between ONNX Runtime's and PyTorch's logits, relative to the largest logit."""
-    import onnxruntime  # likewise only here
-
-    images = random_images(shape)
-    with torch.inference_mode():
-        expected = network(images).numpy()
-    got, = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})
-    return float(np.abs(got - expected).max() / max(1, np.abs(expected).max()))
-
-
-def random_images(shape):
-    batch, height, width = shape
-    return torch.randint(0, 256, (batch, 3, height, width), generator=torch.Generator().manual_seed(0)).float()
+if __name__ == "__main__":
+    run(main, "export.py")

@@ -1,4 +1,4 @@
-# Sourced by run_1p.sh, run_8p.sh and tests/run.sh. After `find_python REQUIREMENTS MODULE...`, $python can import the
+# Sourced by run_1p.sh, run_8p.sh and tests/run.sh; `flag` and `precision` read a command line. After `find_python REQUIREMENTS MODULE...`, $python can import the
 # modules: it is the Python at hand if that can, else the one of .venv, made and filled here if need be.
 
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0  # or a broken torch_npu breaks `import torch`
@@ -39,6 +39,27 @@ set_up_cann() {
     export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-600}
 }
 
+flag() {  # NAME DEFAULT ARGUMENT...: prints the value of --NAME VALUE, --NAME=VALUE or --na-me; the last one counts
+    local name=$1 value=$2 last='' argument start
+    shift 2
+    for argument in "$@"; do
+        start=${argument%%=*}
+        case $argument in --*=*) if [[ ${start//-/_} == "__$name" ]]; then value=${argument#*=}; fi ;; esac
+        if [[ ${last//-/_} == "__$name" ]]; then value=$argument; fi
+        last=$argument
+    done
+    printf '%s\n' "$value"
+}
+
+# Prints --amp where the device that train.py will take is no CPU: O1, with loss scale 128 on NPU, dynamic on CUDA.
+precision() {  # DEVICE
+    case $1 in
+        cpu) ;;
+        auto) if has_npu || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then echo --amp; fi ;;
+        *) echo --amp ;;
+    esac
+}
+
 find_python() {  # REQUIREMENTS MODULE...
     local requirements=$1 venv
     if has_npu; then set_up_cann; fi
@@ -51,7 +72,7 @@ find_python() {  # REQUIREMENTS MODULE...
     if has_npu; then
         has_modules "${PYTHON:-python3}" "$@" || true  # for $missing
         echo "$0: this machine has an NPU driver, so nothing is installed; ${PYTHON:-python3} lacks $missing:" \
-             "install requirements-npu.txt, or what belongs to your CANN (README.md, Ascend)" >&2
+             "install requirements-npu.txt, or what belongs to your CANN (docs/ascend.md)" >&2
         exit 1
     fi
     echo "$0: ${PYTHON:-python3} lacks $missing; installing $requirements into $venv (once, some minutes)" >&2

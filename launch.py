@@ -1,29 +1,71 @@
-"""Starts train.py once a card, on one machine or several, by PyTorch's torchrun: for --device_list and --nnodes.
+"""Starts a command once a card, on one machine or several, by PyTorch's torchrun: for --device_list and --nnodes.
 
-Apart from train.py, as it runs where there are no several processes yet, and needs neither network nor data.
+It imports PyTorch only to launch, so that usage errors answer at once.
 """
 import argparse
+import logging
 import os
+import signal
 import sys
+import tempfile
+from pathlib import Path
 
-from cli import Parser, whole_number
+from cli import Parser, not_empty, whole_number
+from errors import DeviceError, first_line
 
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}  # by these a process sees some devices
+NOTES = "FCN8S_NOTES"  # a folder of files by which the ranks tell `launch` something, and those that replace them
+BEGUN, STOPPED = "begun", "stopped"  # the run has its work folder; by which signal it was stopped
+LAUNCHER = "FCN8S_LAUNCHER"  # the launcher's process id
 DEFAULT_PORT = 29500  # torchrun's
+DEFAULT_TIMEOUT = 600  # seconds, NCCL's; enough for rank 0 to write a checkpoint while the others wait
 SAVING_TIME = 300  # seconds that a stopped run has to save a checkpoint; torchrun's own are 30
-UNDER_TORCHRUN = "WORLD_SIZE" in os.environ
+
+
+def under_torchrun(strict=True):
+    """Whether torchrun started this process. Raises DeviceError if only a part of its variables is set, if `strict`."""
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    if missing and (not strict or os.environ.get("WORLD_SIZE", "") in ("", "1")):
+        return False
+    wrong = [name for name in VARIABLES if name != "MASTER_ADDR" and not os.environ.get(name, "").isdecimal()]
+    for name in missing or wrong:
+        raise DeviceError(f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} is set as torchrun sets it, but {name} is "
+                          f"'{os.environ.get(name, '')}'; start with torchrun or --device_list, or unset WORLD_SIZE")
+    return True
+
+
+def add_device_flags(parser):
+    """The flags that say on which devices a command runs, and how its processes are started."""
+    group = add_one_device_flags(parser.add_argument_group("devices, and the processes on them"))
+    group.add_argument("--device_list", type=device_list, metavar="0,1,..",
+                       help="several devices, a process for each, started by torchrun; of --device cpu the numbers "
+                            "only count")
+    group.add_argument("--timeout", type=whole_number(1), metavar="SECONDS",
+                       help=f"how long a process waits for the others before it ends (default: {DEFAULT_TIMEOUT})")
+    return add_launch_flags(parser)
+
+
+def add_one_device_flags(group):
+    """The flags that say on which device a command runs. -> their group"""
+    group.add_argument("--device", default="auto", choices=("auto", "npu", "cuda", "gpu", "cpu"),
+                       help="auto takes an NPU, else CUDA, else the CPU (default: %(default)s)")
+    group.add_argument("--device_id", type=whole_number(0), metavar="N",
+                       help="which of the devices, counted from 0 (default: 0)")
+    return group
 
 
 def add_launch_flags(parser):
     """The flags that are torchrun's business, not that of the processes it starts. -> their parser, for itself"""
-    group = parser.add_argument_group("several machines, and what happens to their processes (with --device_list)")
+    group = parser.add_argument_group("several machines (with --device_list)")
     group.add_argument("--nnodes", type=whole_number(1), metavar="N", help="number of machines (default: 1)")
     group.add_argument("--node_rank", type=whole_number(0), metavar="R", help="which of them this is (default: 0)")
-    group.add_argument("--addr", "--master_addr", metavar="IP",
+    group.add_argument("--addr", "--master_addr", metavar="IP", type=not_empty,
                        help="address of machine 0, where all processes meet (default: this machine)")
     group.add_argument("--master_port", type=whole_number(1, 65535), metavar="P",
                        help=f"a free port there (default: {DEFAULT_PORT}; on one machine without --addr any)")
-    group.add_argument("--local_addr", metavar="IP", help="address of this machine; NPUs get it as HCCL_IF_IP")
+    group.add_argument("--local_addr", metavar="IP", type=not_empty,
+                       help="address of this machine; NPUs get it as HCCL_IF_IP")
     group.add_argument("--max_restarts", type=whole_number(0), metavar="N",
                        help="how often to go on from the latest checkpoint after a process died (default: 0)")
     return parser
@@ -37,15 +79,23 @@ def device_list(text):
     return devices
 
 
-def check_launch(parser, args):
-    """What does not go together among the flags about several processes is a usage error."""
+def check_devices(parser, args):
+    """Flags about processes that do not go together are a usage error."""
+    try:
+        started = under_torchrun(strict=not args.device_list)  # with it, `launch` sets the variables
+    except DeviceError as error:
+        parser.error(str(error))
     launch_flags = vars(add_launch_flags(Parser(add_help=False)).parse_args([]))
     given = [flag for flag in launch_flags if getattr(args, flag) is not None]
-    if args.timeout is not None and not (args.device_list or UNDER_TORCHRUN):
+    if args.timeout is not None and not (args.device_list or started):
         parser.error(f"--timeout {args.timeout} has no effect without --device_list: there is nobody to wait for")
-    if UNDER_TORCHRUN:
+    if started:
         for flag in [*given, *(["device_id"] if args.device_id is not None else [])]:
-            parser.error(f"--{flag} {getattr(args, flag)} has no effect under torchrun, which deals that out itself")
+            parser.error(f"--{flag} {getattr(args, flag)} has no effect under torchrun, which sets that itself")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if args.device_list and len(args.device_list) != here and NOTES not in os.environ:  # `launch` has counted
+            parser.error(f"torchrun started {here} processes here for {len(args.device_list)} devices: "
+                         + ",".join(args.device_list))
     if args.device_list and args.device_id is not None:
         parser.error("--device_id and --device_list do not go together")
     if given and not args.device_list:
@@ -56,13 +106,17 @@ def check_launch(parser, args):
         parser.error(f"--node_rank {args.node_rank}: the last of {nodes} is {nodes - 1}; --nnodes says how many")
     if nodes > 1 and None in (args.addr, args.node_rank):
         parser.error(f"--nnodes {nodes} takes --node_rank and --master_addr, too")
-    if args.device_list:
-        args.device_list = visible_devices(args.device, args.device_list)
-        started = os.environ.get("LOCAL_WORLD_SIZE", 1)
-        if UNDER_TORCHRUN and len(args.device_list) != int(started):
-            parser.error(f"torchrun started {started} processes here for {len(args.device_list)} devices: "
-                         + ",".join(args.device_list))
-    args.launch = not UNDER_TORCHRUN and (bool(given) or len(args.device_list or ()) > 1)
+
+
+def launched(args, script):
+    """Launches `script` on the devices of --device_list, if there are and torchrun did not start this process.
+
+    -> the exit status, or None where this process is to do the work itself
+    """
+    if not args.device_list:
+        return None
+    args.device_list = visible_devices(args.device, args.device_list)
+    return None if under_torchrun(strict=False) else launch(args, script)
 
 
 def visible_devices(device, devices):
@@ -74,12 +128,12 @@ def visible_devices(device, devices):
     for variable in (VISIBLE[kind] for kind in kinds):
         by_hand = os.environ.get(variable)
         if by_hand:
-            if by_hand != ",".join(devices):
-                print(f"train.py: {variable}={by_hand} is set, it wins over --device_list {','.join(devices)}",
-                      file=sys.stderr)
+            if by_hand != ",".join(devices) and NOTES not in os.environ:  # `launch` has said it
+                print(f"{Path(sys.argv[0]).name}: {variable}={by_hand} is set, it wins over --device_list "
+                      f"{','.join(devices)}", file=sys.stderr)
             return by_hand.split(",")
     for kind in kinds:
-        os.environ.setdefault(VISIBLE[kind], ",".join(devices))
+        os.environ[VISIBLE[kind]] = ",".join(devices)
     return devices
 
 
@@ -89,41 +143,70 @@ def launch(args, script):
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else each failed try to connect prints a C++ stack
     from torch.distributed import DistError, run  # takes seconds, so not before the flags are checked
     if not with_own_level:
-        del os.environ["TORCH_CPP_LOG_LEVEL"]  # read by now; the processes of the run keep their warnings
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of the ranks, which else warn when another one ends
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    logging.disable(logging.CRITICAL)  # torchrun's own lines; the ranks say what is wrong
+    prog = Path(script).name
+    with tempfile.TemporaryDirectory(prefix="fcn8s-") as notes:
+        set_environment(args, notes)
+        flags = add_launch_flags(Parser(add_help=False)).parse_known_args()[1]
+        try:
+            run.main([*map(str, meeting(args)), "--nproc_per_node", str(len(args.device_list)), "--max_restarts",
+                      str(args.max_restarts or 0), script, *flags])
+        except ChildFailedError as error:
+            return failed_status(error, prog)
+        except SignalException as error:
+            return 128 + error.sigval
+        except RuntimeError as error:  # a port in use, a machine that does not answer or does not come
+            if not isinstance(error, DistError) and "EADDRINUSE" not in str(error):
+                raise
+            print(f"{prog}: error: {meeting_problem(args, error)}", file=sys.stderr)
+            return 1
+        stopped = Path(notes, STOPPED)
+        return 128 + int(stopped.read_text()) if stopped.is_file() else 0
+
+
+def set_environment(args, notes):
+    """What torchrun and the processes that it starts read from the environment."""
+    os.environ[NOTES], os.environ[LAUNCHER] = notes, str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_TIME))  # old PyTorch always waits 30 s
+    # torchrun would set 1; these are the cores that each process has, and it then warns about nothing.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // len(args.device_list))))
     if args.local_addr:
         os.environ.setdefault("HCCL_IF_IP", args.local_addr)
-    address, port = args.addr or "127.0.0.1", args.master_port or DEFAULT_PORT
-    meeting = ["--standalone"]
-    if args.addr or args.master_port:
-        # A machine tries to reach machine 0 twice, each time for the whole of torchrun's timeout.
-        timeout = max(1, args.timeout // 2) if args.node_rank else args.timeout
-        meeting = ["--nnodes", args.nnodes or 1, "--node_rank", args.node_rank or 0, "--master_addr", address,
-                   "--master_port", port, "--rdzv_conf", f"timeout={timeout}"]
-        if args.local_addr:
-            meeting += ["--local_addr", args.local_addr]
-    flags = add_launch_flags(Parser(add_help=False)).parse_known_args()[1]
-    try:
-        run.main([str(part) for part in (*meeting, "--nproc_per_node", len(args.device_list), "--max_restarts",
-                                         args.max_restarts or 0, script, *flags)])
-        return 0
-    except ChildFailedError as error:
-        fates = [f"rank {rank} " + (f"ended with status {failure.exitcode}" if failure.exitcode > 0 else
-                                    f"was killed by {failure.signal_name()}")
-                 for rank, failure in sorted(error.failures.items())]
-        print(f"train.py: error: {', '.join(fates)}; what is saved, --resume auto goes on from", file=sys.stderr)
-        status = error.get_first_failure()[1].exitcode
-        return status if status > 0 else 128 - status  # 128 + signal, as shells report it
-    except SignalException as error:
-        return 128 + error.sigval
-    except RuntimeError as error:  # a port in use, a machine that does not answer or does not come
-        if not isinstance(error, DistError) and "EADDRINUSE" not in str(error):  # PyTorch 2.6's is a bare RuntimeError
-            raise
-        problem = (f"port {port} is in use on this machine; name another by --master_port" if "EADDRINUSE" in str(error)
-                   else f"could not meet the other machines at {address}:{port} within {args.timeout} s, the --timeout "
-                        f"({str(error).splitlines()[0]})")
-        print(f"train.py: error: {problem}", file=sys.stderr)
-        return 1
+
+
+def meeting(args):
+    """torchrun's flags about where the machines meet."""
+    if not (args.addr or args.master_port):
+        return ["--standalone"]
+    timeout = args.timeout or DEFAULT_TIMEOUT
+    # A machine tries to reach machine 0 twice, each time for the whole of torchrun's timeout.
+    timeout = max(1, timeout // 2) if args.node_rank else timeout
+    flags = ["--nnodes", args.nnodes or 1, "--node_rank", args.node_rank or 0, "--master_addr",
+             args.addr or "127.0.0.1", "--master_port", args.master_port or DEFAULT_PORT,
+             "--rdzv_conf", f"timeout={timeout}"]
+    return flags + (["--local_addr", args.local_addr] if args.local_addr else [])
+
+
+def meeting_problem(args, error):
+    """Why torchrun could not start the processes, in words. PyTorch 2.6 raises a bare RuntimeError for a port in use,
+    later ones a DistError with the same text; only that tells it."""
+    port = args.master_port or DEFAULT_PORT
+    if "EADDRINUSE" in str(error):
+        return f"port {port} is in use on this machine; name another by --master_port"
+    return (f"could not meet the other machines at {args.addr or '127.0.0.1'}:{port} within "
+            f"{args.timeout or DEFAULT_TIMEOUT} s, the --timeout ({first_line(error)})")
+
+
+def failed_status(error, prog):
+    """The exit status of a failed run. A rank that failed has said why; one that was killed could not. By SIGTERM
+    torchrun ends the others."""
+    all_killed = all(failure.exitcode < 0 for failure in error.failures.values())
+    for rank, failure in sorted(error.failures.items()):
+        if failure.exitcode < 0 and (all_killed or failure.exitcode != -signal.SIGTERM):
+            print(f"{prog}: error: rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
+    status = error.get_first_failure()[1].exitcode
+    return status if status > 0 else 128 - status  # 128 + signal, as shells report it

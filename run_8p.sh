@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Eight cards: bash run_8p.sh --data_path=DIR [--performance | --val] [--device=npu|cuda|cpu] [--device_list=0,1,..]
+# Eight cards: bash run_8p.sh --data_path=DIR [--performance] [--device=npu|cuda|cpu] [--device_list=0,1,..]
 #     [--nnodes=N --node_rank=R --master_addr=IP --master_port=P --local_addr=IP] [any flag of train.py]
-# With AMP O1 and, on NPU and CUDA, loss scale 128; --val scores the latest checkpoint. train.py starts torchrun.
+# With AMP O1 unless on a CPU; --opt_level O0 undoes that.
+# bash run_8p.sh --val --data_path=DIR [--work_dir=DIR] [any flag of evaluate.py] scores the latest checkpoint.
 set -euo pipefail
 here=$(dirname "$0")
 source "$here/find_python.sh"
@@ -9,21 +10,22 @@ find_python "$here/requirements.txt" numpy scipy PIL tqdm matplotlib torch
 
 device=cuda
 if has_npu; then device=npu; fi
-trains=1
-own_precision=
+device=$(flag device $device "$@")
+cards=$(flag device_list 0,1,2,3,4,5,6,7 "$@")
+devices=(--device "$device" --device_list "$cards")
+work_dir=$(flag work_dir "output/$cards/FCN" "$@")
+evaluates=
+others=()  # without those that are not evaluate.py's
 last=
 for argument in "$@"; do
-    case $last in --device) device=$argument ;; esac
-    case $argument in
-        --device=*) device=${argument#*=} ;;
-        --val) trains= ;;
-        --opt[_-]level* | --amp[_-]dtype* | --loss[_-]scale*) own_precision=1 ;;
+    case $last$argument in
+        --work[_-]dir* | --work[_-]dir) ;;
+        *--val) evaluates=1 ;;
+        *) others+=("$argument") ;;
     esac
-    last=$argument
+    case $argument in --work[_-]dir) last=$argument ;; *) last= ;; esac
 done
-recipe=()
-if [[ $trains ]]; then
-    recipe=(--amp)
-    case $own_precision$device in npu | cuda | gpu) recipe+=(--opt_level O1 --loss_scale 128) ;; esac
+if [[ $evaluates ]]; then
+    exec "$python" "$here/evaluate.py" "$work_dir/ckpt/latest.pth" "${devices[@]}" "${others[@]}"
 fi
-exec "$python" "$here/train.py" --device "$device" --device_list 0,1,2,3,4,5,6,7 "${recipe[@]}" "$@"
+exec "$python" "$here/train.py" "${devices[@]}" $(precision "$device") "$@"

@@ -1,24 +1,29 @@
-"""The files of a run: its log, metrics.jsonl, checkpoints, result.json and summary.
+"""The files of a run: its lock, its log, metrics.jsonl, checkpoints, and how they survive what happens to a run.
 
-Apart from train.py, as how a file survives a crash or a full disk is no part of the recipe.
+ckpt/ holds iter_<n>.pth, latest.pth, from which `--resume auto` goes on, and best.pth. They are hard links to the same
+files, or copies. What a run leaves behind when it is resumed from an older checkpoint goes to ckpt/abandoned_<k>/.
 """
 import contextlib
+import errno
+import fcntl
 import io
 import json
 import os
-import platform
-import shutil
-import statistics
+import re
+import socket
+import sys
+import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from cli import check_writable, whole_file
-from fcn8s import WeightsError, read_checkpoint
+from errors import RunError, WeightsError
+from files import check_writable, link_or_copy, remove_leftovers, write_whole
+from weights import Checkpoint
 
-
-class RunError(ValueError):
-    """A run that cannot start or go on; the message is one line for the user."""
+OWN_NAME = re.compile(r"iter_(0|[1-9]\d*)\.pth")  # other files in the folder are left alone
+DYING_TIME = 30  # seconds that a restarted run waits for the lock of the process it replaces
 
 
 class WorkFolder:
@@ -27,15 +32,41 @@ class WorkFolder:
     Raises OSError if nothing can be written at `path`.
     """
 
-    def __init__(self, path, device_ids, writes, keep):
+    def __init__(self, path, device_ids, writes, keep=3):
         self.path, self.writes, self.keep = Path(path), writes, keep
         self.log_path = self.path / f"train_{device_ids}.log"
         self.metrics_path = self.path / "metrics.jsonl"
+        self.record_path = self.path / "run.json"
         self.checkpoints = self.path / "ckpt"
-        self.latest = self.checkpoints / "latest.pth"
-        self.board = None  # TensorBoard's writer
+        self.latest, self.best = self.checkpoints / "latest.pth", self.checkpoints / "best.pth"
+        self.lock_file = self.board = None  # TensorBoard's writer
         if writes:
             check_writable(self.path)
+
+    def lock(self, patience=0):
+        """Takes the folder's lock, which ends with this process. Raises RunError, naming the process that holds it,
+        after `patience` seconds. `lockf`, as workers would inherit a lock of `flock`."""
+        if not self.writes or self.lock_file or not self.path.is_dir():
+            return
+        with writing(self.path):
+            file = open(self.path / ".lock", "a+")
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                    break
+            if time.monotonic() > end:
+                file.seek(0)
+                raise RunError(f"{self.path}: {file.read().strip() or 'another process'} runs in this folder; wait for "
+                               "its end, or name another folder by --work_dir")
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self.lock_file = file
 
     def open_board(self, iteration):
         """Starts to write for TensorBoard, too; what an earlier run wrote there after `iteration` is passed over."""
@@ -43,135 +74,198 @@ class WorkFolder:
         if self.writes:
             self.board = SummaryWriter(self.path / "tensorboard", purge_step=iteration + 1)
 
+    # ---- what is there
+
     def holds_run(self):
-        return bool(self.metrics()) or self.latest.is_symlink()
+        return bool(self.metrics()) or self.holds_checkpoints()
 
-    def open(self, iteration, evaluated):
-        """Makes the folders, cuts the metrics of an earlier run back to `iteration`, its scores to that last
-        `evaluated`, and removes what a process that was killed left half written."""
-        if not self.writes:
-            return
-        kept = [line for line in self.metrics() if line["iter"] <= (evaluated if "mIoU" in line else iteration)]
-        with writing(self.path):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for leftover in self.checkpoints.glob(".*.tmp"):
-                leftover.unlink()
-        replace_file(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    def holds_checkpoints(self):
+        return bool(self.saved()) or any(path.exists() or path.is_symlink() for path in (self.latest, self.best))
 
-    def log(self, text):
-        if self.writes:
-            print(text, flush=True)
-            self.add(self.log_path, text)
+    def saved(self):
+        """Our own checkpoints: [(number, path)] of iter_<n>.pth, the newest first."""
+        matches = ((OWN_NAME.fullmatch(path.name), path) for path in self.checkpoints.glob("iter_*.pth"))
+        return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
-    def add_metrics(self, line):
-        if self.writes:
-            self.add(self.metrics_path, json.dumps(line))
-            for name, value in line.items() if self.board else ():
-                if value is not None and name != "iter":
-                    self.board.add_scalar(name, value, line["iter"])
-
-    def add(self, path, line):
-        with writing(path), open(path, "a") as file:
-            file.write(line + "\n")
+    def newest(self):
+        """(file, Checkpoint) of the newest checkpoint of the branch that was resumed last, if it is whole, else of one
+        before it; None if the folder holds none. Raises RunError if none can be read."""
+        numbers = self.saved()
+        if self.latest.is_symlink():  # of an earlier version of this project: higher numbers are of an abandoned branch
+            target = OWN_NAME.fullmatch(os.readlink(self.latest))
+            numbers = [(number, path) for number, path in numbers if target is None or number <= int(target[1])]
+        for path in [self.latest, *(path for _, path in numbers), self.best]:
+            if not path.exists():
+                continue
+            try:
+                return path, Checkpoint.read(path)
+            except WeightsError as error:
+                self.log(f"{error}. Trying the one before it.")
+        if self.holds_checkpoints():
+            raise RunError(f"{self.checkpoints}: holds no checkpoint to go on from that can be read; name one by "
+                           "--resume FILE, or another folder by --work_dir")
+        return None
 
     def metrics(self):
         """The lines of metrics.jsonl as dicts; a last line cut short by a crash is left out."""
-        lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.is_file() else []
+        content = self.metrics_path.read_bytes() if self.metrics_path.is_file() else b""
         try:
+            lines = content.decode().splitlines(keepends=True)
             metrics = [json.loads(line) for line in lines if line.endswith("\n")]
-        except ValueError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             raise RunError(f"{self.metrics_path}: damaged ({error}); mend or delete that line") from None
         for number, line in enumerate(metrics, 1):
             if not isinstance(line, dict) or not isinstance(line.get("iter"), int):
                 raise RunError(f"{self.metrics_path}: line {number} is none of a run's; delete it")
         return metrics
 
-    def saved(self):
-        """The checkpoints iter_<n>.pth from the newest, to which latest.pth leads, back to the oldest."""
-        def number(path):
-            return int(path.stem.removeprefix("iter_"))
+    # ---- the beginning of a run
 
-        newest = number(self.checkpoints / os.readlink(self.latest)) if self.latest.is_symlink() else 0
-        # Higher numbers are of a run that was then taken up again from an earlier iteration.
-        return sorted((path for path in self.checkpoints.glob("iter_*.pth") if number(path) <= newest),
-                      key=number, reverse=True)
+    def clear(self):
+        """Deletes what a run wrote, but for its pictures and summaries, which the next one overwrites."""
+        if self.writes:
+            with writing(self.path):
+                for path in (self.record_path, self.metrics_path, self.log_path, self.path / "result.json", self.latest,
+                             self.best, *(path for _, path in self.saved())):
+                    path.unlink(missing_ok=True)
 
-    def newest(self):
-        """(file, checkpoint) of the newest checkpoint that is whole, or None if there is none yet."""
-        for path in self.saved():
-            try:
-                return path, read_checkpoint(path)
-            except WeightsError as error:
-                self.log(f"{error}. Trying the one before it.")
-        if self.latest.is_symlink():
-            raise RunError(f"{self.latest}: leads to {os.readlink(self.latest)}, and neither that nor one before it "
-                           "can be read; go on from another one by --resume FILE, or name another folder by --work_dir")
-        return None
+    def open(self, start, progress):
+        """Makes the folders and takes the lock. Where the run goes on from a checkpoint, `latest.pth` becomes that, the
+        metrics are cut back to it, and what an abandoned branch left is set aside.
 
-    def save(self, checkpoint, number, best):
-        """Writes a checkpoint as iter_<number>.pth, to which latest.pth leads (unless `number` is None), and as
-        best.pth if it is that: then a second name of the same file, where the file system has such."""
+        start: the file of the checkpoint, or None; progress: the run's, whose `best` is reset if best.pth is not of the
+        checkpoint's past
+        """
         if not self.writes:
             return
-        path = self.checkpoints / ("best.pth" if number is None else f"iter_{number}.pth")
-        content = io.BytesIO()  # not straight to the file: torch.save reports a full disk as a wrong offset
-        torch.save(checkpoint, content)
-        replace_file(path, content.getbuffer())
-        if number is None:
+        with writing(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if self.lock_file is None:  # there was no folder when the run began
+                self.lock()
+                if self.holds_run():
+                    raise RunError(f"{self.path}: another run began and ended here meanwhile; name another folder by "
+                                   "--work_dir")
+            for folder in (self.path, self.checkpoints):
+                remove_leftovers(folder)
+            metrics = self.metrics()
+            kept = [line for line in metrics
+                    if line["iter"] <= (progress.evaluated if "mIoU" in line else progress.iteration)]
+            best_is_past = self.best.is_file() and iteration_of(self.best) <= progress.iteration
+            if start is not None and not same_file(start, self.latest):
+                aside = self.free_folder()
+                if self.best.is_file() and not best_is_past:
+                    move(self.best, aside)
+                if len(kept) < len(metrics):
+                    aside.mkdir(exist_ok=True)
+                    write_whole(aside / "metrics.jsonl", as_lines(metrics))
+                link_or_copy(start, self.latest)
+            else:
+                aside = self.free_folder()  # for checkpoints that were damaged
+            for number, path in self.saved():
+                if number > progress.iteration:
+                    move(path, aside)
+            write_whole(self.metrics_path, as_lines(kept))
+        if not best_is_past:
+            progress.best, progress.best_iteration = -1.0, 0
+        if aside.is_dir():
+            self.log(f"what comes after iteration {progress.iteration} is set aside in {aside}")
+
+    def free_folder(self):
+        """A folder to set things aside in, which is not there yet."""
+        number = 1
+        while (self.checkpoints / f"abandoned_{number}").exists():
+            number += 1
+        return self.checkpoints / f"abandoned_{number}"
+
+    # ---- what a run writes
+
+    def log(self, text):
+        if self.writes:
+            tqdm.write(text)  # above a progress bar
+            sys.stdout.flush()
+            if self.path.is_dir():
+                self.add(self.log_path, text)
+
+    def add_metrics(self, line):
+        if self.writes:
+            self.add(self.metrics_path, json.dumps(line))
+            for name, value in flat(line).items() if self.board else ():
+                self.board.add_scalar(name, value, line["iter"])
+
+    def add(self, path, line):
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def add_record(self, entry):
+        """Adds an entry to run.json, which has one for each time the run was started."""
+        if self.writes:
+            with writing(self.record_path):
+                text = json.dumps({"starts": [*self.records(), entry]}, indent=2, ensure_ascii=False)
+                write_whole(self.record_path, text + "\n")
+
+    def records(self):
+        """The entries of run.json."""
+        try:
+            return json.loads(self.record_path.read_bytes().decode())["starts"]
+        except FileNotFoundError:
+            return []
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self.record_path}: damaged ({error}); mend or delete it") from None
+
+    def save(self, content, number, best):
+        """Writes a checkpoint as latest.pth and iter_<number>.pth, unless `number` is None, and as best.pth if it is
+        that; deletes our oldest beyond `keep`. best.pth comes first, as latest.pth says what is in it."""
+        if not self.writes:
             return
-        temporary = self.checkpoints / ".link.tmp"
-        with writing(path):
-            temporary.unlink(missing_ok=True)
-            if best:
-                try:
-                    os.link(path, temporary)
-                except OSError:
-                    shutil.copyfile(path, temporary)
-                temporary.replace(self.checkpoints / "best.pth")
-            temporary.symlink_to(path.name)
-            temporary.replace(self.latest)
-            for old in self.saved()[self.keep:]:
+        names = [self.best] if best else []
+        if number is not None:
+            names += [self.latest, self.checkpoints / f"iter_{number}.pth"]
+        buffer = io.BytesIO()  # not straight to the file: torch.save reports a full disk as a wrong offset
+        torch.save(content, buffer)
+        with writing(names[-1]):
+            write_whole(names[0], buffer.getbuffer())
+            for name in names[1:]:
+                link_or_copy(names[0], name)
+            for _, old in self.saved()[self.keep:]:
                 old.unlink()
+
+
+def iteration_of(path):
+    """The iteration that a checkpoint was saved at; infinity if it cannot be read."""
+    try:
+        return torch.load(path, weights_only=True, mmap=True)["progress"]["iteration"]
+    except Exception:  # whatever the damage leads to
+        return float("inf")
+
+
+def same_file(a, b):
+    return Path(b).exists() and os.path.samefile(a, b)
+
+
+def move(path, folder):
+    folder.mkdir(exist_ok=True)
+    path.rename(folder / path.name)
+
+
+def as_lines(metrics):
+    return "".join(json.dumps(line) + "\n" for line in metrics)
+
+
+def flat(line):
+    """The numbers of a line of metrics: {name: value}, those of a class as "IoU/<class>"."""
+    values = {}
+    for name, value in line.items():
+        pairs = [(f"{name}/{cls}", number) for cls, number in value.items()] if isinstance(value, dict) else [
+            (name, value)]
+        values.update((key, number) for key, number in pairs if number is not None and key != "iter")
+    return values
 
 
 @contextlib.contextmanager
 def writing(path):
-    """What goes wrong meanwhile is told with the file, which a full disk does not name, and the remedy."""
+    """An OSError meanwhile becomes a RunError that names the file, which a full disk does not, and the remedy."""
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror or error}); make room, or name another folder by "
-                       "--work_dir; --resume auto goes on from the latest checkpoint, if there is one") from None
-
-
-def replace_file(path, content):
-    """Writes bytes so that at any moment the file is the old or the new one, whole, even if the machine fails."""
-    with writing(path), whole_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_results(folder, args, progress, cards):
-    """result.json and the summary, both from metrics.jsonl."""
-    lines = folder.metrics()
-    logged = [line for line in lines if "loss" in line]
-    scored = [line for line in lines if "mIoU" in line]
-    fps = [line["fps"] for line in logged if line["fps"] is not None]
-    result = {"iters": progress.iteration, "loss": logged[-1]["loss"], "fps": max(fps, default=None),
-              "fps_median": statistics.median(fps) if fps else None,
-              **{name: scored[-1][name] for name in ("aAcc", "mIoU", "mAcc")}, "best_mIoU": progress.best}
-    replace_file(folder.path / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-    write_summary(folder, args, cards, "perf" if args.performance else "acc", {
-        "ActualFPS": result["fps"],
-        "TrainingTime": result["fps"] and 1000 * args.batch_size * cards / result["fps"],  # ms an iteration
-        "mIoU": progress.best / 100, "ActualLoss": result["loss"], "E2ETrainingTime": progress.seconds})
-    return result
-
-
-def write_summary(folder, args, cards, kind, values):
-    """FCN_bs<batch>_<cards>p_<kind>.log: `Key = value` lines, as the Ascend port's scripts leave them."""
-    case = f"FCN_bs{args.batch_size}_{cards}p_{kind}"
-    lines = {"Network": "FCN", "RankSize": cards, "BatchSize": args.batch_size, "DeviceType": platform.machine(),
-             "CaseName": case, **values}
-    replace_file(folder.path / f"{case}.log", "".join(f"{key} = {value}\n" for key, value in lines.items()).encode())
+        raise RunError(f"{error.filename or path}: cannot be written ({error.strerror or error}); make room, or name "
+                       "another folder by --work_dir") from None

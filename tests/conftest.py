@@ -1,6 +1,7 @@
 """What the tests share: the project's commands as a user runs them, and the data they run on."""
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,15 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn_voc import draw_data_set
+from fork_server import ForkServer
+
+from fcn8s import FCN8s
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from drawn_voc import draw_data_set  # noqa: E402
-from fcn8s import FCN8s  # noqa: E402
-
+SITE = ROOT / "tests/site"
 HANGS = 240  # seconds after which a command that takes a few is said to hang
 REAL_VOC = Path(os.environ.get("FCN8S_VOC", ROOT.parent / "shared" / "voc"))
+# The longest modules, which start first: at the end both processes then have small ones to share.
+FIRST = ("test_learning", "test_processes", "test_faults", "test_device")
+SERVERS = {}  # by PYTHONPATH
 
 
 def pytest_configure():
@@ -25,12 +29,62 @@ def pytest_configure():
     another number, and sums by another number of threads are not equal to the bit."""
     os.environ.setdefault("OMP_NUM_THREADS", str((os.cpu_count() + 1) // 2))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    runpy.run_path(str(SITE / "sitecustomize.py"))  # the small backbone, for what is tested in this process
 
 
-def run(*command, status=0, cwd=ROOT, env=None):
-    """Runs `python COMMAND...` in a process of its own, checks its exit status, and returns it with its output."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, **(env or {})})
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+
+
+def pytest_unconfigure():
+    for server in SERVERS.values():
+        server.close()
+
+
+def environment(changes=None):
+    """The environment of a command: ours, the small backbone, and changes, whose PYTHONPATH comes before ours."""
+    changes = changes or {}
+    folders = [*changes.get("PYTHONPATH", "").split(os.pathsep), ROOT, ROOT / "tests", SITE]
+    folders = dict.fromkeys(str(folder) for folder in folders if folder)  # each once
+    return {**os.environ, **changes, "PYTHONPATH": os.pathsep.join(folders)}
+
+
+def fork_server(env):
+    """The process to fork for commands in an environment. There is one for each PYTHONPATH of folders of ours, as the
+    stand-ins are; what a test writes may be made to break an import. -> ForkServer or None"""
+    folders = env["PYTHONPATH"]
+    if not all(Path(folder).is_relative_to(ROOT) for folder in folders.split(os.pathsep)):
+        return None
+    if folders not in SERVERS:
+        SERVERS[folders] = ForkServer(environment({"PYTHONPATH": folders}))
+    return SERVERS[folders]
+
+
+def start_python(command, cwd, env, real, merged=False, new_session=False):
+    """Starts `python COMMAND...`: a script as a fork of a process that has imported PyTorch, but a new interpreter if
+    `real`, or if the environment changes what is read at start. `merged`: the errors go where the output goes.
+    -> Forked or subprocess.Popen"""
+    command, env = [str(part) for part in command], environment(env)
+    server = None if real or command[0].startswith("-") else fork_server(env)
+    if server and server.can_run(env):
+        return server.start(command, cwd, env, merged, new_session)
+    return subprocess.Popen([sys.executable, *command], cwd=cwd, env=env, text=True, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT if merged else subprocess.PIPE,
+                            start_new_session=new_session)
+
+
+def run(*command, status=0, cwd=ROOT, env=None, real=False):
+    """Runs `python COMMAND...` in a process of its own, checks its exit status, and returns it with its output.
+
+    real: in a new interpreter, for tests of what happens before PyTorch is imported
+    """
+    process = start_python(command, cwd, env, real)
+    try:
+        done = subprocess.CompletedProcess(process.args, None, *process.communicate())
+    except BaseException:  # Ctrl-C
+        process.kill()
+        raise
+    done.returncode = process.returncode
     assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -42,15 +96,15 @@ def error_line(*command, status=1, **kwargs):
     return lines[0]
 
 
-def train(data, work_dir, *flags, status=0):
+def train(data, work_dir, *flags, status=0, real=False):
     """A short training on small crops; `flags` come last and so override the defaults here."""
-    return run(ROOT / "train.py", *train_flags(data, work_dir), *flags, status=status)
+    return run(ROOT / "train.py", *train_flags(data, work_dir), *flags, status=status, real=real)
 
 
-def start(data, work_dir, *flags):
-    """Starts a training as `train` does, and does not wait for it. -> subprocess.Popen"""
-    return subprocess.Popen([sys.executable, *map(str, (ROOT / "train.py", *train_flags(data, work_dir), *flags))],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+def start(data, work_dir, *flags, env=None, real=False):
+    """Starts a training as `train` does, in a session of its own, and does not wait for it. -> see start_python"""
+    return start_python((ROOT / "train.py", *train_flags(data, work_dir), *flags), ROOT, env, real, merged=True,
+                        new_session=True)
 
 
 def finish(process, status):
@@ -62,6 +116,26 @@ def finish(process, status):
         raise
     assert process.returncode == status, f"status {process.returncode}\n{output}"
     return output
+
+
+def left_of(process, work_dir):
+    """What is left of a started command: the ids of the processes of its session, and of those that it launched."""
+    left = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, session = (folder / "stat").read_text().rpartition(") ")[2].split()[:4]
+            launched = str(work_dir) in (folder / "cmdline").read_text()
+        except OSError:  # it ended meanwhile
+            continue
+        if state != "Z" and (int(session) == process.pid or launched):
+            left.append(int(folder.name))
+    return left
+
+
+def children_of(pid):
+    """The ids of a process's children: of a launcher the ranks, of a rank the workers."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in listed.stdout.split()]
 
 
 def wait_for_iteration(process, work_dir, number):
@@ -104,21 +178,21 @@ def assert_same_run(ours, theirs):
 
 
 def train_flags(data, work_dir):
-    return ("--device", "cpu", "--data_path", data, "--work_dir", work_dir, "--backbone", "resnet50",
-            "--pretrained", "none", "--scale", 256, 64, "--crop_size", 64, "--batch_size", 2, "--workers", 0,
+    return ("--device", "cpu", "--data_path", data, "--work_dir", work_dir, "--backbone", "tiny",
+            "--pretrained", "none", "--scale", 256, 64, "--crop_size", 64, "--batch_size", 2,
             "--max_iters", 4, "--log_interval", 1)
 
 
 def untrained_checkpoint(path, names):
     """Writes a network that was never trained, but whose answers vary from pixel to pixel, as train.py would."""
     torch.manual_seed(0)
-    model = FCN8s(len(names), "resnet50")
+    model = FCN8s(len(names), "tiny")
     for layer in (model.decode_head.score_pool3, model.decode_head.score_pool4, model.decode_head.score_fr):
         torch.nn.init.normal_(layer.weight, std=0.1)
     colours = [[200, 10 * i, 5] for i in range(len(names))]
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": model.state_dict(), "meta": {
-        "backbone": "resnet50", "num_classes": len(names), "classes": names, "palette": colours,
+        "backbone": "tiny", "num_classes": len(names), "classes": names, "palette": colours,
         "scale": (96, 64)}}, path)
     return path
 

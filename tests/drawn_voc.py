@@ -27,7 +27,7 @@ def outline(kind, centre, radius, angle):
              "star": [i / 10 for i in range(10)], "disc": [i / 40 for i in range(40)]}[kind]
     radii = [radius * (0.45 if kind == "star" and i % 2 else 1) for i in range(len(turns))]
     return [(centre[0] + r * np.cos(2 * np.pi * turn + angle), centre[1] + r * np.sin(2 * np.pi * turn + angle))
-            for r, turn in zip(radii, turns)]
+            for r, turn in zip(radii, turns, strict=True)]
 
 
 def texture(rng, width, height):

@@ -6,12 +6,16 @@ import importlib
 from types import SimpleNamespace
 
 import pytest
+import software_npu
 import torch
-import torch_npu  # noqa: F401, makes the software NPU
+import torch_npu  # makes the software NPU
 from apex import amp, optimizers
 
 import train
-from device import ApexPrecision, choose_precision, fused_sgd
+import trainer
+from fcn8s import FCN8s
+from inference import Protocol, evaluate
+from precision import ApexPrecision, Precision, choose_precision, fused_sgd
 
 NPU = torch.device("npu:0")
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
@@ -64,12 +68,85 @@ def test_ddp_comes_after_initialize(monkeypatch):
     model = network()
     with pytest.raises(RuntimeError, match="after amp.initialize"):
         amp.initialize(Wrapper(model), sgd_of(model))
-    monkeypatch.setattr(train, "DistributedDataParallel", Wrapper)
-    args = SimpleNamespace(batch_size=1, max_iters=1, performance=False, **SETTINGS)
-    precision, two = choose_precision(NPU, True, "O2"), SimpleNamespace(count=2)
-    trainer = train.Trainer(args, network("cpu"), NPU, precision, two, folder=None)
-    assert isinstance(trainer.network, Wrapper) and trainer.network.module is trainer.model
-    assert trainer.model[0].weight.dtype == torch.float16 and amp.STATE.optimizer is trainer.optimizer
+    monkeypatch.setattr(trainer, "DistributedDataParallel", Wrapper)
+    trains = make_trainer(choose_precision(NPU, True, "O2"), ranks=2)
+    assert isinstance(trains.network, Wrapper) and trains.network.module.model is trains.model
+    assert trains.model.decode_head.score_fr.weight.dtype == torch.float16
+    assert amp.STATE.optimizer is trains.optimizer
+
+
+def make_trainer(precision, ranks=1, backbone="tiny"):
+    """A Trainer on the NPU, of a network that is not trained but answers otherwise from pixel to pixel."""
+    torch.manual_seed(0)
+    model = FCN8s(21, backbone)
+    for name, parameter in model.named_parameters():
+        if "score_" in name or "conv_seg" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    recipe = train.from_args(trainer.Recipe, train.parse_args(["--data_path", "unused", "--backbone", backbone]))
+    return trainer.Trainer(recipe, model, NPU, precision, SimpleNamespace(count=ranks, rank=0), None, None, ())
+
+
+@pytest.mark.parametrize("opt_level", ("O1", "O2", "O3"))
+def test_training_with_apex_evaluates_the_network_that_evaluate_py_would(opt_level):
+    """In float32, though apex casts in training; the logits are equal to the bit."""
+    trains = make_trainer(choose_precision(NPU, True, opt_level))
+    images = torch.randn(1, 3, 64, 96).to(NPU)
+    trains.model.eval()
+    theirs = FCN8s(21, "tiny").eval()
+    theirs.load_state_dict({key: value.cpu().float() for key, value in trains.model.state_dict().items()})
+    with torch.no_grad():
+        with trains.precision.evaluated(trains.model) as model:
+            ours = model.eval()(images)["out"]
+        with torch.autocast("npu", enabled=False):
+            expected = theirs.to(NPU)(images)["out"]
+        assert torch.equal(ours.cpu(), expected.cpu())
+        assert not torch.equal(trains.model(images)["out"].float().cpu(), expected.cpu())  # casts as before
+
+
+def test_what_a_real_npu_lacks_is_refused():
+    with pytest.raises(RuntimeError, match="isnan"):
+        torch.ones(2).to(NPU).isnan()
+    images = torch.ones(1, 2, 4, 4).to(NPU)
+    with torch.autocast("npu", torch.bfloat16), pytest.raises(RuntimeError, match="convolution of torch.bfloat16"):
+        torch.nn.ConvTranspose2d(2, 2, 2).to(NPU)(images)
+    scaler, weight = torch.amp.GradScaler("npu"), torch.nn.Parameter(torch.ones(2).to(NPU))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler.scale(weight.sum()).backward()
+    scaler.step(optimizer)
+    with pytest.raises(RuntimeError, match="_amp_update_scale_"):
+        scaler.update()
+    with pytest.raises(RuntimeError, match="contiguous on the CPU"):
+        torch.zeros(1, 4, 4, 3, dtype=torch.uint8).permute(0, 3, 1, 2).to(NPU)
+
+
+def batch_of(size):
+    """As `train_batches` gives it."""
+    return {"image": torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8),
+            "label": torch.zeros(2, size, size, dtype=torch.uint8), "size": torch.full((2, 2), size),
+            "jitter": torch.tensor([[5.0, 1.1, 0.9, 3.0, 0.0], [-1000.0, 0.9, -1000.0, 5.0, 1.0]])}
+
+
+def test_a_step_copies_nothing_but_the_batch_to_the_device():
+    """Constants are there since the first one."""
+    trains = make_trainer(Precision(NPU))
+    trains.step([batch_of(32)])
+    software_npu.waits.clear()
+    trains.step([batch_of(32)])
+    assert software_npu.waits.count("to npu:0") == 4
+    assert "to cpu" not in software_npu.waits
+
+
+def test_evaluation_waits_for_the_device_no_more_for_more_images():
+    torch.manual_seed(0)
+    model = make_trainer(Precision(NPU)).model
+
+    def waits(count):
+        data = [(torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8), torch.ones(40, 50, dtype=torch.uint8))] * count
+        software_npu.waits.clear()
+        confusion = evaluate(model, data, [(40, 50)] * count, Protocol((64, 32)), NPU, workers=0)
+        assert confusion[1].sum() == confusion.sum() == count * 40 * 50
+        return [what for what in software_npu.waits if what != "to npu:0"]
+    assert waits(10) == waits(1) != []
 
 
 def test_a_model_on_the_cpu_fails():
@@ -121,15 +198,16 @@ def test_apex_steps_as_float32_does_and_leaves_out_the_infinite(opt_level, loss_
         optimizer.zero_grad()
         with precision.autocast():
             loss = loss_of(model, factor)
-        left_out = precision.step(loss, optimizer)
-        unchanged = all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
+        precision.backward(loss, optimizer)
+        left_out = precision.step(optimizer)
+        unchanged = all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
         assert left_out.device == NPU and bool(left_out) == unchanged == (factor != 1.0)
         if factor == 1.0:
             plain_sgd.zero_grad()
             with torch.autocast("npu", enabled=False):
                 loss_of(plain).backward()
             plain_sgd.step()
-    for ours, theirs in zip(amp.master_params(optimizer), plain.parameters()):
+    for ours, theirs in zip(amp.master_params(optimizer), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.float().cpu(), theirs.cpu(), rtol=0.05, atol=0.005)
     assert precision.scale() == (128.0 if loss_scale == 128.0 else 2.0 ** 14)  # halved twice
 

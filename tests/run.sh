@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Runs the tests: bash tests/run.sh [--peers] [arguments of pytest]
+# Checks the code's form by ruff, and runs the tests: bash tests/run.sh [--peers] [arguments of pytest]
 # --peers: those that compare with mmsegmentation and torchfcn too, in an environment of their own, .venv-peers
 set -euo pipefail
 here=$(dirname "$0")
 source "$here/../find_python.sh"
-modules=(numpy scipy PIL tqdm matplotlib torch torchvision pytest sklearn xdist onnx onnxruntime tensorboard)
+modules=(numpy scipy PIL tqdm matplotlib torch torchvision pytest sklearn xdist onnx onnxruntime tensorboard markdown_it
+         ruff)
 
-run_tests() {  # ARGUMENTS: two tests at a time, as what takes time is mostly starting processes
+run_tests() {  # ARGUMENTS
+    "$python" -m ruff check "$here/.."
     exec "$python" -m pytest --numprocesses 2 --dist worksteal "$here" "$@"
 }
 

@@ -2,9 +2,11 @@
 
 PyTorch lets a device be registered in Python. Each operation on such tensors is handed to the CPU tensors behind them,
 so the numbers are those of the CPU. As on a real device, an operation on tensors of two devices is an error, autocast
-casts by lists, and nothing leaves the device unasked. `stand_ins/npu/torch_npu` is the package around it.
+casts by lists, and nothing leaves the device unasked. What real NPUs lack is refused. `stand_ins/npu/torch_npu` is the
+package around it.
 """
 import contextlib
+import os
 import resource
 import types
 
@@ -19,6 +21,11 @@ RAISED = ("cross_entropy_loss", "nll_loss", "nll_loss2d", "log_softmax.int", "so
 SLOW_IN_HALF = ("aten::convolution", "aten::convolution_backward")
 # These may bring values from one device to another.
 MOVING = ("aten::_to_copy", "aten::copy_", "aten::_copy_from")
+# What fails on a real one, or is not reliable on each: the kernel of GradScaler.update (CANN 9.1), NaN on an 910A.
+LACKING = ("aten::_amp_update_scale_", "aten::isnan")
+# These make the process wait until the device has done what was asked of it.
+WAITING = ("aten::_local_scalar_dense", "aten::bincount", "aten::nonzero")
+waits = []  # the names of the operations that waited, and "to npu:0", "to cpu"
 
 
 class NpuModule(types.ModuleType):
@@ -63,14 +70,17 @@ class NpuModule(types.ModuleType):
     def get_device_name(self, device=None):
         return "software NPU"
 
+    utils = types.SimpleNamespace(is_support_inf_nan=lambda: not os.environ.get("SOFTWARE_NPU_IS_910A"))
+
 
 class NpuTensor(torch.Tensor):
     """Says that it is on npu:0; `raw` is the CPU tensor with its values."""
     @staticmethod
     def __new__(cls, raw):
-        tensor = torch.Tensor._make_wrapper_subclass(
-            cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype,
-            layout=raw.layout, device=torch.device("npu:0"), requires_grad=raw.requires_grad)
+        with torch.inference_mode(False):  # a view made in that mode keeps the version of its base
+            tensor = torch.Tensor._make_wrapper_subclass(
+                cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype,
+                layout=raw.layout, device=torch.device("npu:0"), requires_grad=raw.requires_grad)
         tensor.raw = raw
         return tensor
 
@@ -82,6 +92,10 @@ class NpuTensor(torch.Tensor):
     def data(self, other):
         torch.Tensor.data.__set__(self, other)
         self.raw = other.raw
+
+    def __deepcopy__(self, memo):  # PyTorch's own looks for memory behind the tensor
+        copy = self.detach().clone()
+        return torch.nn.Parameter(copy, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copy
 
     def tolist(self):  # PyTorch refuses it for subclasses
         return self.raw.tolist()
@@ -96,7 +110,12 @@ class NpuTensor(torch.Tensor):
         strangers = [leaf for leaf in leaves if type(leaf) is torch.Tensor and leaf.dim() > 0]
         if ours and strangers and name not in MOVING:
             raise RuntimeError(f"{name}: expected all tensors to be on npu:0, but one is on {strangers[0].device}")
+        if name == "aten::copy_" and ours and type(args[1]) is torch.Tensor:
+            waits.append("to npu:0")
+        refuse(name, args)
         args, kwargs = tree_map(to_raw, (args, kwargs))
+        if name in WAITING or to_cpu:
+            waits.append("to cpu" if to_cpu else name)
         if name in SLOW_IN_HALF and args[0].dtype is torch.float16:
             result = tree_map(to_half, operation(*tree_map(to_float, args), **kwargs))
         else:
@@ -111,6 +130,15 @@ class NpuTensor(torch.Tensor):
                 return value
             return ours[id(value)] if id(value) in ours else NpuTensor(value)
         return tree_map(wrap, result)
+
+
+def refuse(name, args):
+    """Raises RuntimeError for what a real NPU lacks."""
+    transposed = name == "aten::convolution" and args[6]
+    if name == "aten::copy_" and type(args[1]) is torch.Tensor and args[1].dim() == 4 and not args[1].is_contiguous():
+        raise RuntimeError("torch_npu would make this batch contiguous on the CPU, out of page-locked memory")
+    if name in LACKING or (transposed and args[0].dtype is torch.bfloat16):
+        raise RuntimeError(f"an NPU does not offer {name} of {args[0].dtype}" + (", transposed" if transposed else ""))
 
 
 def to_raw(value):

@@ -1,9 +1,12 @@
-"""Runs a command some of whose training steps go wrong: python spoiled_steps.py gradient|loss inf|nan STEPS COMMAND...
+"""Runs a command some of whose training steps go wrong: python spoiled_steps.py WHAT inf|nan STEPS COMMAND...
 
-STEPS, counted from 1, with commas. `gradient`: what goes back into the network; `loss`: the network's output, and with
-it the loss.
+WHAT: `gradient`: what goes back into the network; `loss`: the network's output, and with it the loss; `input`: the
+images, and with them BN's statistics. STEPS, counted from 1, with commas; 3/1: step 3 in rank 1 alone; 3!: in step 3 a
+SIGTERM comes.
 """
+import os
 import runpy
+import signal
 import sys
 
 import torch
@@ -11,18 +14,22 @@ import torch
 import fcn8s
 
 what, value, steps, *command = sys.argv[1:]
-value, steps = float(value), {int(step) for step in steps.split(",")}
+value, steps, rank = float(value), steps.split(","), os.environ.get("RANK", "0")
 forward = fcn8s.FCN8s.forward
 done = 0
 
 
 def spoiled(self, images, size=None):
     global done
-    outputs = forward(self, images, size)
     done += self.training
-    if self.training and done in steps:
-        if what == "loss":
-            return {name: output * value for name, output in outputs.items()}
+    if self.training and f"{done}!" in steps:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if not self.training or not {str(done), f"{done}!", f"{done}/{rank}"} & {*steps}:
+        return forward(self, images, size)
+    outputs = forward(self, images * value if what == "input" else images, size)
+    if what == "loss":
+        return {name: output * value for name, output in outputs.items()}
+    if what == "gradient":
         outputs["out"].register_hook(lambda gradient: torch.full_like(gradient, value))
     return outputs
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fcn8s import FCN8s
 
-TRAIN, EVALUATE = ROOT / "train.py", ROOT / "evaluate.py"
+TRAIN, EVALUATE, PREDICT, EXPORT = (ROOT / f"{name}.py" for name in ("train", "evaluate", "predict", "export"))
 
 
 def save_label(pixels, path):
@@ -72,7 +72,7 @@ def list_not_in_utf8(data, first):
     path.write_text(path.read_text(), encoding="utf-16")
 
 
-SPOILED = [(no_lists, "no VOC data there"), (no_trainaug, "python convert_voc_aug.py"),
+SPOILED = [(no_lists, "holds images and labels, but neither lists"), (no_trainaug, "python convert_voc_aug.py"),
            (no_val, "the lists there: aug"),
            (empty_list, "val.txt"), (id_without_image, "{first}.jpg"), (id_without_label, "{first}.png"),
            (truncated_image, "{first}.jpg: the image does not decode"),
@@ -92,7 +92,9 @@ def test_bad_data_is_found_before_the_first_iteration(own_drawn_voc, tmp_path, s
 
 def test_a_devkit_in_place_of_its_year_folder_is_pointed_out(drawn_voc, tmp_path):
     assert "it holds VOC2012" in error_line(TRAIN, *train_flags(drawn_voc.parent, tmp_path / "run"))
-    assert "no VOC data there" in error_line(TRAIN, *train_flags(tmp_path / "nowhere", tmp_path / "run"))
+    assert "there is no such folder" in error_line(TRAIN, *train_flags(tmp_path / "nowhere", tmp_path / "run"))
+    (tmp_path / "empty").mkdir()
+    assert "no data there" in error_line(TRAIN, *train_flags(tmp_path / "empty", tmp_path / "run"))
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -102,8 +104,11 @@ def test_a_devkit_in_place_of_its_year_folder_is_pointed_out(drawn_voc, tmp_path
     (("--lr", "nan"), "--lr"), (("--lr", 1e-6), "--min_lr"), (("--scale", 128, 512), "the long side comes first"),
     (("--loss_scale", 128), "no effect without --amp"), (("--opt_level", "O1"), "no effect without --amp"),
     (("--loss_scale", "huge", "--amp"), "--loss_scale"), (("--device", "tpu"), "--device"),
-    (("--resume", ""), "--resume: takes a name, not ''"), (("--momentum", 1), "takes less than 1"),
-    (("--backbone", "resnet18"), "--backbone"), (("--max_iter", 3), "--max_iter")])
+    (("--resume", ""), "--resume: takes a value, not ''"), (("--momentum", 1), "takes less than 1"),
+    (("--backbone", "resnet18"), "--backbone"), (("--max_iter", 3), "--max_iter"),
+    (("--crop_size", 1_000_000), "--crop_size: takes a whole number of at most 16384"),
+    (("--batch_size", 1_000_000_000), "--batch_size: takes a whole number of at most 16384"),
+    (("--sync_bn", "--freeze_bn"), "--sync_bn has no effect with --freeze_bn")])
 def test_flags_that_make_no_sense_are_usage_errors(drawn_voc, tmp_path, flags, words):
     assert words in error_line(TRAIN, *train_flags(drawn_voc, tmp_path / "run"), *flags, status=2)
     assert not (tmp_path / "run").exists()
@@ -113,8 +118,7 @@ def test_flags_that_make_no_sense_are_usage_errors(drawn_voc, tmp_path, flags, w
     (("--crop_size", 32, "--batch_size", 1), "batch normalisation"),
     (("--amp", "--loss_scale", 128), "needs no loss scale"), (("--device", "npu"), "torch_npu"),
     (("--device_id", 7), "no cpu device 7"), (("--resume", "absent.pth"), "absent.pth"),
-    (("--pretrained", "absent.pth"), "absent.pth"), (("--crop_size", 1_000_000), "take less"),
-    (("--batch_size", 1_000_000_000), "take less")])
+    (("--pretrained", "absent.pth"), "absent.pth"), (("--sync_bn",), "--sync_bn: not on a CPU")])
 def test_flags_that_cannot_take_effect_are_errors(drawn_voc, tmp_path, flags, words):
     assert words in error_line(TRAIN, *train_flags(drawn_voc, tmp_path / "run"), *flags)
     assert not (tmp_path / "run").exists()
@@ -132,12 +136,13 @@ def test_an_unwritable_work_folder(drawn_voc, tmp_path):
 
 
 def test_another_runs_folder_and_a_finished_run_are_not_resumed_into(drawn_voc, checkpoint, tmp_path):
-    """Nor does `--resume auto` start afresh where the checkpoint it should find was taken away."""
+    """Nor does `--resume auto` start afresh where the checkpoint it should find was taken away or cut off."""
     train(drawn_voc, tmp_path / "other", "--max_iters", 1)
     flags = (*train_flags(drawn_voc, tmp_path / "other"), "--resume")
     assert "holds a run already" in error_line(TRAIN, *flags, checkpoint)
     (tmp_path / "other/ckpt/iter_1.pth").unlink()
-    assert "leads to iter_1.pth" in error_line(TRAIN, *flags, "auto")
+    (tmp_path / "other/ckpt/latest.pth").write_text("cut off")
+    assert "holds no checkpoint to go on from" in error_line(TRAIN, *flags, "auto")
     flags = (*train_flags(drawn_voc, tmp_path / "new"), "--max_iters", 1, "--resume", checkpoint)
     assert "nothing is left to train" in error_line(TRAIN, *flags)
     assert not (tmp_path / "new").exists()
@@ -179,13 +184,13 @@ def test_a_truncated_checkpoint(checkpoint, drawn_voc, tmp_path):
 def test_a_checkpoint_of_another_backbone_or_number_of_classes(checkpoint, drawn_voc, tmp_path):
     flags = train_flags(drawn_voc, tmp_path / "run")
     line = error_line(TRAIN, *flags, "--backbone", "vgg16", "--resume", checkpoint)
-    assert "backbone resnet50, this run vgg16" in line
-    assert "use --backbone resnet50" in error_line(TRAIN, *flags, "--backbone", "vgg16", "--pretrained", checkpoint)
+    assert "backbone tiny, this run vgg16" in line
+    assert "use --backbone tiny" in error_line(TRAIN, *flags, "--backbone", "vgg16", "--pretrained", checkpoint)
     other = changed(checkpoint, tmp_path / "19.pth", num_classes=19)
     assert "num_classes 19, this run 21" in error_line(TRAIN, *flags, "--resume", other)
-    torch.save({"state_dict": FCN8s(19, "resnet50").state_dict(), "meta": {"backbone": "resnet50", "num_classes": 19}},
-               other)
-    assert "is for 19 classes, VOC has 21; name its own by --classes FILE" in evaluate_error(other, drawn_voc)
+    torch.save({"state_dict": FCN8s(19, "tiny").state_dict(), "meta": {"backbone": "tiny", "num_classes": 19}}, other)
+    line = evaluate_error(other, drawn_voc)
+    assert "is for 19 classes, it does not name them; name its own by --classes FILE" in line
     lying = changed(checkpoint, tmp_path / "d8.pth", backbone="resnet50_d8")
     assert "do not fit" in evaluate_error(lying, drawn_voc)
     assert not (tmp_path / "run").exists()
@@ -203,10 +208,9 @@ def test_a_checkpoint_past_the_end_and_one_without_training_state(checkpoint, dr
 
 def test_evaluate_names_what_is_wrong_with_its_flags(checkpoint, drawn_voc, tmp_path):
     line = evaluate_error(checkpoint, drawn_voc, "--json", tmp_path / "absent/scores.json")
-    assert "absent/scores.json: no file can be written there" in line
-    for flag in ("--json", "--export"):
-        target = ("--data_path", drawn_voc, flag) if flag == "--json" else (flag,)
-        assert "would overwrite the checkpoint" in error_line(EVALUATE, checkpoint, *target, checkpoint, status=2)
+    assert "absent/scores.json: cannot be written; name a file in a folder that exists" in line
+    assert "would overwrite the checkpoint" in evaluate_error(checkpoint, drawn_voc, "--json", checkpoint, status=2)
+    assert "would overwrite the checkpoint" in error_line(EXPORT, checkpoint, checkpoint, status=2)
     assert "--max_images" in evaluate_error(checkpoint, drawn_voc, "--max_images", 0, status=2)
     assert "absent.txt" in evaluate_error(checkpoint, drawn_voc, "--split", "absent")
     assert "absent.pth" in evaluate_error(tmp_path / "absent.pth", drawn_voc)
@@ -215,6 +219,6 @@ def test_evaluate_names_what_is_wrong_with_its_flags(checkpoint, drawn_voc, tmp_
 
 
 def test_help_answers_without_loading_pytorch():
-    for script in (TRAIN, EVALUATE, ROOT / "convert_voc_aug.py"):
+    for script in (TRAIN, EVALUATE, PREDICT, EXPORT, ROOT / "convert_voc_aug.py"):
         assert "usage:" in run("-X", "importtime", script, "--help").stdout
         assert " torch" not in run("-X", "importtime", script, "--help").stderr

@@ -1,4 +1,4 @@
-"""evaluate.py: metrics held against scikit-learn, resizing against PyTorch's own, very large and very thin pictures."""
+"""evaluate.py and inference.py: metrics held against scikit-learn, resizing against PyTorch's own, odd pictures."""
 import json
 
 import numpy as np
@@ -6,12 +6,14 @@ import pytest
 import sklearn.metrics
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run, train
+from conftest import ROOT, error_line, run, train, untrained_checkpoint
 from PIL import Image
 
-import evaluate as ev
+import inference
+from augment import prepare
 from fcn8s import FCN8s
-from voc import IGNORE, VOC, prepare
+from inference import Predictor, Protocol, confusion_matrix, scores_of
+from voc import CLASSES, IGNORE, VOC
 
 
 def test_metrics_equal_scikit_learns_on_real_labels(real_voc):
@@ -25,12 +27,12 @@ def test_metrics_equal_scikit_learns_on_real_labels(real_voc):
         guess = np.where(np.roll(label, 9, 1) == IGNORE, 0, np.roll(label, 9, 1))
         guess = np.where(rng.random(label.shape) < 0.02, 2, guess).astype(np.uint8)
         guess[guess == 8] = 0  # a class that is never predicted
-        confusion += ev.confusion_matrix(label, guess, 21)
+        confusion += confusion_matrix(*map(torch.from_numpy, (label, guess)), 21).numpy()
         truths.append(label[label != IGNORE])
         guesses.append(guess[label != IGNORE])
     truth, guess = np.concatenate(truths), np.concatenate(guesses)
     np.testing.assert_array_equal(confusion, sklearn.metrics.confusion_matrix(truth, guess, labels=range(21)))
-    scores = ev.scores_of(confusion)
+    scores = scores_of(confusion)
 
     in_either = sorted(set(truth) | set(guess))
     iou = sklearn.metrics.jaccard_score(truth, guess, labels=in_either, average=None)
@@ -44,9 +46,9 @@ def test_metrics_equal_scikit_learns_on_real_labels(real_voc):
 
 
 def test_a_perfect_prediction_scores_100_and_absent_classes_do_not_count():
-    scores = ev.scores_of(np.diag([5, 0, 7]))
+    scores = scores_of(np.diag([5, 0, 7]))
     assert scores["aAcc"] == scores["mIoU"] == scores["mAcc"] == 100
-    assert np.isnan(scores["IoU"][1]) and "-" in ev.format_table(scores, ("a", "b", "c")).splitlines()[2]
+    assert np.isnan(scores["IoU"][1]) and "-" in inference.format_table(scores, ("a", "b", "c")).splitlines()[2]
 
 
 @pytest.mark.parametrize("size", ((1, 1), (375, 500), (64, 48), (3, 500)))
@@ -54,26 +56,26 @@ def test_strips_give_what_resizing_at_once_gives(size, monkeypatch):
     torch.manual_seed(0)
     logits = torch.randn(21, 64, 48)
     whole = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0].argmax(0)
-    monkeypatch.setattr(ev, "STRIP_VALUES", 21 * 500 * 7)
-    strips = ev.class_map([logits], size)
+    monkeypatch.setattr(inference, "STRIP_VALUES", 21 * 500 * 7)
+    strips = inference.class_map([logits], size)
     assert strips.shape == size and strips.dtype == torch.uint8
     assert (strips == whole).float().mean() >= 0.999  # ties aside
 
 
 def test_batches_hold_images_of_one_shape_and_each_image_once():
     sizes = [(375, 500), (500, 375), (375, 500), (333, 500), (375, 500)]
-    batches = ev.one_shape_batches(sizes, 2)
+    batches = inference.one_shape_batches(sizes, 2)
     assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4]
     assert all(len({sizes[i] for i in batch}) == 1 and len(batch) <= 2 for batch in batches)
 
 
 def test_batch_size_and_workers_do_not_change_the_confusion_matrix(drawn_voc):
     torch.manual_seed(0)
-    model, data = FCN8s(21, "resnet50"), VOC(drawn_voc, "train")
+    model, data = FCN8s(21, "tiny"), VOC(drawn_voc, "train")
     torch.nn.init.normal_(model.decode_head.score_fr.weight)
     sizes = data.check(21)
-    one, three = (ev.evaluate(model, data, sizes, (64, 32), torch.device("cpu"), batch_size=batch, workers=workers)
-                  for batch, workers in ((1, 0), (3, 2)))
+    one, three = (inference.evaluate(model, data, sizes, Protocol((64, 32), batch_size=batch), torch.device("cpu"),
+                                     workers) for batch, workers in ((1, 0), (3, 2)))
     assert one.sum() == sum((data[i][1] != IGNORE).sum() for i in range(len(data)))
     assert np.abs(one - three).sum() <= 1e-3 * one.sum()
     assert model.training
@@ -87,7 +89,7 @@ def checkpoint(drawn_voc, tmp_path_factory):
 
 
 def evaluate(checkpoint, data, *flags, status=0):
-    return run(ROOT / "evaluate.py", checkpoint, "--data_path", data, "--device", "cpu", "--workers", 0, *flags,
+    return run(ROOT / "evaluate.py", checkpoint, "--data_path", data, "--device", "cpu", *flags,
                status=status)
 
 
@@ -107,8 +109,8 @@ def test_padding_is_cropped_from_the_logits_before_they_are_enlarged(backbone):
     """For *_d8 done by hand: the score layer's output on the padded image, cropped at stride 8, resized."""
     torch.manual_seed(0)
     model = FCN8s(21, backbone).eval()
-    images = torch.randint(0, 256, (1, 3, 50, 75), dtype=torch.uint8)
-    got = ev.predict(model, images, pad_to=96)[0]
+    images = torch.randint(0, 256, (1, 50, 75, 3), dtype=torch.uint8)
+    got = inference.predict(model, images, Protocol(None, pad_to=96))[0]
     assert got.shape == (1, 21, 50, 75)
     padded = F.pad(prepare(images), (0, 21, 0, 46))
     with torch.no_grad():
@@ -129,9 +131,9 @@ def test_windows_cover_the_image_and_their_logits_are_averaged():
         def forward(self, x):
             seen.append(tuple(x.shape[-2:]))
             return {"out": x}
-    for size, count in (((100, 130), 12), ((64, 64), 1), ((40, 200), 4), ((97, 64), 2)):
+    for size in ((100, 130), (64, 64), (40, 200), (97, 64)):
         seen, inputs = [], torch.randn(1, 3, *size)
-        torch.testing.assert_close(ev.slide_windows(Echo(), inputs, 64, 40), inputs)
+        torch.testing.assert_close(inference.slide_windows(Echo(), inputs, 64, 40), inputs)
         windows = [max(int(np.ceil((side - 64) / 40)), 0) + 1 for side in size]
         assert len(seen) == windows[0] * windows[1]
         assert set(seen) == {(min(size[0], 64), min(size[1], 64))}
@@ -145,9 +147,9 @@ def test_the_references_ways_to_evaluate_run_as_commands(checkpoint, drawn_voc):
     for flags, words, status in ((("--slide", 32, 48), "CROP comes first", 2), (("--pad_to", 8), "do not fit", 1),
                                  (("--pad_to", 96, "--slide", 64, 32), "do not go together", 2),
                                  (("--ratios", 0), "above 0", 2), (("--ratios", 1e308), "up to 100", 2),
-                                 (("--pad_to", 1_000_000), "take less", 1), (("--ratios", 0.001), "leaves no pixel", 1),
-                                 (("--backbone", "vgg16"), "leave out --backbone", 1),
-                                 (("--at_once",), "--at_once", 1)):
+                                 (("--pad_to", 1_000_000), "at most 16384", 2),
+                                 (("--ratios", 0.001), "leaves no pixel", 1), (("--at_once",), "--at_once", 1),
+                                 (("--backbone", "vgg16"), "use --backbone tiny", 1)):
         line = evaluate(checkpoint, drawn_voc, *flags, status=status).stderr.strip()
         assert words in line and "\n" not in line, line
 
@@ -158,3 +160,74 @@ def test_pictures_one_pixel_wide_and_very_long_are_scored(checkpoint, own_drawn_
         Image.new("L", size, 3).save(own_drawn_voc / "SegmentationClass" / f"{image_id}.png")
     (own_drawn_voc / "ImageSets/Segmentation/odd.txt").write_text("thin\nflat\ndot\n")
     assert "bird" in evaluate(checkpoint, own_drawn_voc, "--split", "odd", "--scale", 64, 64).stdout
+
+
+def test_where_no_pixel_is_labelled_the_json_has_null(checkpoint, own_drawn_voc, tmp_path):
+    (own_drawn_voc / "ImageSets/Segmentation/void.txt").write_text("drawn_val_0001\ndrawn_val_0002\n")
+    label = own_drawn_voc / "SegmentationClass/drawn_val_0001.png"
+    Image.new("L", Image.open(label).size, IGNORE).save(label)
+    done = evaluate(checkpoint, own_drawn_voc, "--split", "void", "--max_images", 1, "--json", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text(), parse_constant=pytest.fail)
+    assert [scores[name] for name in ("aAcc", "mAcc")] == [None, None]
+    assert scores["classes"]["cat"]["Acc"] is None and "aAcc -" in done.stdout
+
+
+def test_several_processes_give_the_scores_of_one_and_the_summary(checkpoint, drawn_voc, tmp_path):
+    found = []
+    for cards, flags in ((1, ()), (2, ("--device_list", "0,1"))):
+        evaluate(checkpoint, drawn_voc, "--json", tmp_path / "scores.json", *flags)
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        found.append({name: value for name, value in scores.items() if "second" not in name})
+        lines = (checkpoint.parent / f"FCN_bs1_{cards}p_val.log").read_text().splitlines()
+        summary = dict(line.split(" = ") for line in lines)
+        assert summary["RankSize"] == str(cards) and summary["CaseName"] == f"FCN_bs1_{cards}p_val"
+        assert float(summary["mIoU"]) == pytest.approx(scores["mIoU"] / 100) and float(summary["ValTime"]) > 0
+    assert found[0] == found[1] and found[0]["images"] == 5
+
+
+def test_three_lines_of_python_label_a_photograph(tmp_path, drawn_voc):
+    """A file, an array and a PIL image of the same photograph have the same class map."""
+    checkpoint = untrained_checkpoint(tmp_path / "net.pth", CLASSES)
+    path = drawn_voc / "JPEGImages/drawn_val_0000.jpg"
+    predictor = Predictor(checkpoint, device="cpu")
+    classes = predictor(path)
+    with Image.open(path) as image:
+        assert classes.dtype == np.uint8 and classes.shape == image.size[::-1] and len(np.unique(classes)) > 1
+        for same in (str(path), image, np.array(image), image.convert("RGBA")):
+            assert np.array_equal(predictor(same), classes)
+    assert predictor.names == CLASSES and predictor.colours.shape == (256, 3)
+
+
+def test_no_label_or_photograph_is_ever_overwritten(checkpoint, own_drawn_voc, tmp_path):
+    """Nor through links, nor where ids have sub-folders, nor by the JSON; ids that lead out of the folder are refused.
+    """
+    labels, lists = own_drawn_voc / "SegmentationClass", own_drawn_voc / "ImageSets/Segmentation"
+    for folder, kind in ((labels, ".png"), (own_drawn_voc / "JPEGImages", ".jpg")):
+        (folder / "sub").mkdir()
+        (folder / f"drawn_val_0000{kind}").rename(folder / f"sub/drawn_val_0000{kind}")
+    (lists / "sub.txt").write_text("sub/drawn_val_0000\n")
+    (lists / "out.txt").write_text("../SegmentationClass/drawn_val_0001\n")
+    (tmp_path / "link").symlink_to(labels)
+    overlay = tmp_path / "photographs/overlay"
+    overlay.parent.mkdir()
+    (own_drawn_voc / "JPEGImages").rename(overlay)
+    (own_drawn_voc / "JPEGImages").symlink_to(overlay)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for flags, words in ((("--split", "train", "--save_dir", labels), "would overwrite"),
+                         (("--split", "train", "--save_dir", tmp_path / "link"), "would overwrite"),
+                         (("--split", "sub", "--save_dir", labels), "would overwrite"),
+                         (("--split", "sub", "--save_dir", overlay.parent, "--overlay"), "would overwrite"),
+                         (("--split", "sub", "--json", labels / "sub/drawn_val_0000.png"), "would overwrite"),
+                         (("--split", "out", "--save_dir", tmp_path / "pictures"), "lead out of the data folder")):
+        line = evaluate(checkpoint, own_drawn_voc, *flags, status=1).stderr.strip()
+        assert words in line and "\n" not in line, line
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    evaluate(checkpoint, own_drawn_voc, "--split", "sub", "--save_dir", tmp_path / "pictures")
+    assert (tmp_path / "pictures/compared/sub/drawn_val_0000.png").is_file()
+
+
+@pytest.mark.parametrize("flag", ("--split", "--data_path", "--save_dir", "--json", "--classes", "--addr"))
+def test_an_empty_value_is_a_usage_error(checkpoint, drawn_voc, flag):
+    """As an unset variable of a shell gives it."""
+    line = error_line(ROOT / "evaluate.py", checkpoint, "--data_path", drawn_voc, flag, "", status=2)
+    assert f"{flag}" in line and "takes a value, not ''" in line

@@ -2,8 +2,6 @@
 
 Skipped where they are not installed; `bash tests/run.sh --peers` installs them. Each test prints what it measured.
 """
-import types
-
 import numpy as np
 import peers
 import pytest
@@ -14,12 +12,16 @@ from scipy import stats
 from test_fcn8s import shake
 from torch import nn
 
-import evaluate as ev
-import voc
-from device import Precision, Processes
-from fcn8s import FCN8s, load_weights
-from train import Trainer, learning_rate, losses_of
-from voc import IGNORE, VOC, TrainAugmentation
+import train
+from augment import LEFT_OUT, TrainAugmentation, distort_colours, prepare
+from fcn8s import FCN8s
+from inference import Protocol, ScaledImages, class_map, confusion_matrix, predict, scores_of, stack_scaled
+from precision import Precision
+from processes import Processes
+from trainer import Recipe, Trainer, learning_rate, losses_of
+from voc import CLASSES, IGNORE, VOC
+from weights import Checkpoint
+
 
 @pytest.fixture(scope="module", autouse=True)
 def installed():
@@ -29,7 +31,9 @@ def installed():
 
 def ours_from(state, backbone, tmp_path, **extra):
     torch.save({"state_dict": state, **extra}, tmp_path / "peer.pth")
-    return load_weights(FCN8s(21, backbone), tmp_path / "peer.pth")
+    model = FCN8s(21, backbone)
+    model.origin = Checkpoint.read(tmp_path / "peer.pth", backbone).start(model, CLASSES)
+    return model
 
 
 def labels_for(images):
@@ -118,12 +122,12 @@ def test_50_iterations_of_training(tmp_path, monkeypatch):
     """float64, at the schedule's learning rates. Before each iteration ours takes over all of the peer's state, as even
     two runs of one program drift apart."""
     without_dropout(monkeypatch)
-    args = types.SimpleNamespace(lr=0.01, min_lr=1e-4, power=0.9, momentum=0.9, weight_decay=5e-4, batch_size=2,
-                                 max_iters=50, performance=False, seed=0)
+    recipe = train.from_args(Recipe, train.parse_args(["--data_path", "-", "--batch_size", "2", "--max_iters", "50"]))
     peer = mmseg_model("resnet50_d8").double().train()
     peers_optimizer = torch.optim.SGD(peer.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     device = torch.device("cpu")
-    trainer = Trainer(args, FCN8s(21, "resnet50_d8").double(), device, Precision(device), Processes(), folder=None)
+    trainer = Trainer(recipe, FCN8s(21, "resnet50_d8").double(), device, Precision(device), Processes(), folder=None,
+                      intervals=None, classes=CLASSES)
     ours = dict(trainer.model.named_parameters())
     worst, generator = 0.0, torch.Generator().manual_seed(0)
     for iteration in range(50):
@@ -136,11 +140,12 @@ def test_50_iterations_of_training(tmp_path, monkeypatch):
         labels = torch.randint(0, 21, (2, 33, 33), generator=generator, dtype=torch.uint8)
 
         rate = 0.0099 * (1 - iteration / 50) ** 0.9 + 0.0001
-        assert learning_rate(iteration, args) == pytest.approx(rate, rel=1e-12)
+        assert learning_rate(iteration, recipe) == pytest.approx(rate, rel=1e-12)
         for optimizer in (trainer.optimizer, peers_optimizer):
             optimizer.zero_grad()
-            optimizer.param_groups[0]["lr"] = learning_rate(iteration, args)
-        trainer.precision.step(losses_of(trainer.model(images), labels)[0], trainer.optimizer)
+            optimizer.param_groups[0]["lr"] = learning_rate(iteration, recipe)
+        trainer.precision.backward(losses_of(trainer.model(images), labels)[0], trainer.optimizer)
+        trainer.precision.step(trainer.optimizer)
         mmseg_loss(peer, images, labels).backward()
         peers_optimizer.step()
         theirs = peer.state_dict()
@@ -227,8 +232,8 @@ def test_draws_of_the_photometric_distortion(real_voc):
             before = picture.permute(1, 2, 0).numpy()
             jitter = augmentation.draw_jitter(rng)
             if step != "__call__":
-                jitter[[other for other in range(4) if other != column]] = torch.nan
-            after = voc.distort_colours(picture[None].float(), jitter[None])[0].permute(1, 2, 0).byte().numpy()
+                jitter[[other for other in range(4) if other != column]] = LEFT_OUT
+            after = distort_colours(picture[None].float(), jitter[None])[0].permute(1, 2, 0).byte().numpy()
             ours.append(change(before, after))
             bgr = np.ascontiguousarray(before[..., ::-1])
             distorted = peer({"img": bgr.copy()})["img"] if step == "__call__" else getattr(peer, step)(bgr.copy())
@@ -240,23 +245,24 @@ def test_a_given_draw_agrees_with_opencv(real_voc):
     cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed (tests/run.sh --peers)")
     augmentation, rng = TrainAugmentation(512, (2048, 512)), np.random.default_rng(0)
     worst = 1.0
+
+    def crop_by(interpolation, array, scaled, top, left, size, flipped):
+        resized = cv2.resize(array, scaled[::-1], interpolation=interpolation)[top:top + size[0], left:left + size[1]]
+        return resized[:, ::-1] if flipped else resized
+
     for image, label in real_samples(real_voc, 40):
         seed = int(rng.integers(2 ** 31))
         sample = augmentation(image, label, np.random.default_rng(seed))
         again = np.random.default_rng(seed)
         scaled = augmentation.draw_scaled_size(*label.shape, again)
         top, left = augmentation.draw_crop(label, scaled, again)
-        flipped = again.random() < 0.5
         height, width = sample["size"].tolist()
-
-        def expected(array, interpolation):
-            resized = cv2.resize(array, scaled[::-1], interpolation=interpolation)[top:top + height, left:left + width]
-            return resized[:, ::-1] if flipped else resized
-
+        draw = (scaled, top, left, (height, width), again.random() < 0.5)
         got = sample["image"][:, :height, :width].permute(1, 2, 0).numpy().astype(int)
-        picture = expected(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), cv2.INTER_LINEAR)
+        picture = crop_by(cv2.INTER_LINEAR, np.ascontiguousarray(image.permute(1, 2, 0).numpy()), *draw)
         worst = min(worst, (np.abs(got - picture) <= 1).mean())
-        np.testing.assert_array_equal(sample["label"][:height, :width], expected(label.numpy(), cv2.INTER_NEAREST))
+        np.testing.assert_array_equal(sample["label"][:height, :width],
+                                      crop_by(cv2.INTER_NEAREST, label.numpy(), *draw))
     print(f"\nwithin 1 grey level: {100 * worst:.2f}% of the pixels, in the worst of 40")
     assert worst >= 0.99
 
@@ -284,16 +290,14 @@ def test_predictions_on_real_images(real_voc, tmp_path, how):
     peer = shake(mmseg_model("resnet50_d8", **(slide if how == "slide" else {})))
     model = ours_from(peer.state_dict(), "resnet50_d8", tmp_path).eval()
     ratios, flips = ((0.5, 0.75, 1.0, 1.25), (False, True)) if how.startswith("multi") else ((1.0,), (False,))
-    scales = ev.scales_of((512, 128), ratios)
-    images = ev.ScaledImages(VOC(real_voc, "val"), scales)
+    protocol = Protocol((512, 128), ratios, flip=True in flips, slide=(97, 64) if how == "slide" else None)
+    images = ScaledImages(VOC(real_voc, "val"), protocol.scales())
     agree = []
     for i in range(5):
-        scaled, label = images[i]
-        batches = [image[None] for image in scaled]
-        views = [view[0] for batch in batches
-                 for view in ev.predict(model, batch, flip=True in flips, slide=(97, 64) if how == "slide" else None)]
-        ours = ev.class_map(views, tuple(label.shape))
-        results = peers_views(peer, [voc.prepare(batch) for batch in batches], tuple(label.shape), flips)
+        batches, (label,) = stack_scaled([images[i]])
+        views = [view[0] for batch in batches for view in predict(model, batch, protocol)]
+        ours = class_map(views, tuple(label.shape))
+        results = peers_views(peer, [prepare(batch) for batch in batches], tuple(label.shape), flips)
         if len(results) > 1:
             from mmseg.models import SegTTAModel
             theirs = SegTTAModel(module=peer).merge_preds([results])[0].pred_sem_seg.data[0]
@@ -310,12 +314,13 @@ def test_metrics(real_voc):
     data, rng = VOC(real_voc, "val"), np.random.default_rng(0)
     confusion, areas = np.zeros((21, 21), np.int64), []
     for i in range(30):
-        label = data[i][1].numpy()
-        guess = np.where(np.roll(label, 7, 0) == IGNORE, rng.integers(0, 3), np.roll(label, 7, 0)).astype(np.uint8)
-        confusion += ev.confusion_matrix(label, guess, 21)
-        areas.append(IoUMetric.intersect_and_union(torch.from_numpy(guess), torch.from_numpy(label), 21, IGNORE))
-    theirs = IoUMetric.total_area_to_metrics(*(sum(area) for area in zip(*areas)), metrics=["mIoU"])
-    ours = ev.scores_of(confusion)
+        label = data[i][1]
+        shifted = label.roll(7, 0)
+        guess = torch.where(shifted == IGNORE, int(rng.integers(0, 3)), shifted)
+        confusion += confusion_matrix(label, guess, 21).numpy()
+        areas.append(IoUMetric.intersect_and_union(guess, label, 21, IGNORE))
+    theirs = IoUMetric.total_area_to_metrics(*(sum(area) for area in zip(*areas, strict=True)), metrics=["mIoU"])
+    ours = scores_of(confusion)
     differences = [ours["aAcc"] - 100 * float(theirs["aAcc"]), ours["mIoU"] - 100 * np.nanmean(theirs["IoU"]),
                    ours["mAcc"] - 100 * np.nanmean(theirs["Acc"])]
     print(f"\nmetrics: {max(map(abs, differences)):.1e}")

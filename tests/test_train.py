@@ -6,6 +6,9 @@ import pytest
 import torch
 from conftest import ROOT, error_line, metrics, run, state, timeless, train, train_flags
 
+from augment import BatchOrder
+from trainer import losses_of
+
 
 @pytest.fixture(scope="module")
 def finished(drawn_voc, tmp_path_factory):
@@ -18,11 +21,12 @@ def finished(drawn_voc, tmp_path_factory):
 def test_files_and_log_lines(finished):
     work_dir, output = finished
     assert sorted(p.name for p in work_dir.iterdir()) == [
-        "FCN_bs2_1p_acc.log", "ckpt", "curves.png", "metrics.jsonl", "result.json", "train_0.log", "val_samples.png"]
+        ".lock", "FCN_bs2_1p_acc.log", "ckpt", "curves.png", "metrics.jsonl", "result.json", "run.json", "train_0.log",
+        "val_samples.png"]
     assert sorted(p.name for p in (work_dir / "ckpt").iterdir()) == [
         "best.pth", "iter_5.pth", "iter_8.pth", "latest.pth"]
     assert (work_dir / "train_0.log").read_text() == output
-    for words in (r"resnet50, 23,710,367 parameters, from random weights", r"1 x cpu", r"12 images of 'trainaug'",
+    for words in (r"tiny, 158,711 parameters, from random weights", r"1 x cpu", r"12 images of 'trainaug'",
                   r"8 iterations of 1 x 2 = 2 images, 1.3 epochs",
                   r"iter 8/8  lr \S+  loss [\d.]+ \(main [\d.]+, aux 0.0000\)  "
                   r"[\d.]+ images/s  iter [\d.]+ s, data [\d.]+ s  memory \d+ MiB  left 0:00:00"):
@@ -42,8 +46,8 @@ def test_result_and_summary_come_from_the_metrics(finished):
     assert {name: result[name] for name in ("aAcc", "mIoU", "mAcc")} == {
         name: scored[-1][name] for name in ("aAcc", "mIoU", "mAcc")}
     summary = dict(line.split(" = ") for line in (work_dir / "FCN_bs2_1p_acc.log").read_text().splitlines())
-    assert list(summary) == ["Network", "RankSize", "BatchSize", "DeviceType", "CaseName", "ActualFPS", "TrainingTime",
-                             "mIoU", "ActualLoss", "E2ETrainingTime"]
+    assert list(summary) == ["Network", "Backbone", "RankSize", "BatchSize", "DeviceType", "CaseName", "ActualFPS",
+                             "TrainingTime", "mIoU", "ActualLoss", "E2ETrainingTime"]
     assert float(summary["mIoU"]) == pytest.approx(max(line["mIoU"] for line in scored) / 100)
     assert float(summary["TrainingTime"]) == pytest.approx(1000 * 2 / result["fps"])
     assert summary["CaseName"] == "FCN_bs2_1p_acc" and summary["RankSize"] == "1"
@@ -56,7 +60,7 @@ def test_learning_rate_is_the_polynomial(finished):
 
 def test_checkpoints_say_what_they_are_of(finished):
     best, latest = (state(finished[0] / "ckpt" / f"{name}.pth") for name in ("best", "latest"))
-    assert latest["meta"]["backbone"] == "resnet50" and latest["meta"]["num_classes"] == 21
+    assert latest["meta"]["backbone"] == "tiny" and latest["meta"]["num_classes"] == 21
     assert list(latest["meta"]["scale"]) == [256, 64] and latest["meta"]["classes"][20] == "tvmonitor"
     assert latest["progress"]["iteration"] == 8 and latest["progress"]["samples"] == 16
     scored = {line["iter"]: line["mIoU"] for line in metrics(finished[0]) if "mIoU" in line}
@@ -105,9 +109,12 @@ def test_resume_auto_goes_on_in_the_folder_and_cuts_the_metrics_back(finished, d
 
 
 def test_a_folder_that_holds_a_run_is_not_touched(finished, drawn_voc):
-    before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
+    def files():  # but for the lock, in which a process writes its number
+        return {path: path.stat().st_mtime_ns for path in finished[0].rglob("*") if path.name != ".lock"}
+
+    before = files()
     assert "--resume auto" in error_line(ROOT / "train.py", *train_flags(drawn_voc, finished[0]))
-    assert {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")} == before
+    assert files() == before
 
 
 def test_default_folders_are_those_of_the_port(drawn_voc, tmp_path):
@@ -135,8 +142,37 @@ def test_fine_tuning_starts_from_a_checkpoint_of_ours(finished, drawn_voc, tmp_p
 
 def test_ignored_pixels_count_in_the_denominator():
     """By hand: 4 pixels, 2 of them void, uniform logits over 3 classes: 2 log(3) / 4."""
-    from train import losses_of
     labels = torch.tensor([[[0, 255], [255, 2]]], dtype=torch.uint8)
     outputs = {"out": torch.zeros(1, 3, 2, 2), "aux": torch.zeros(1, 3, 2, 2)}
     expected = torch.tensor(3.0).log() / 2
     torch.testing.assert_close(losses_of(outputs, labels), torch.stack([1.4 * expected, expected, expected]))
+
+
+def test_the_batches_of_a_long_training_are_not_made_in_memory():
+    """Three million iterations on 8 cards, resumed from the second million: only what is asked for is computed."""
+    order = BatchOrder(first=2 ** 20 * 128, last=3_000_000 * 128, batch_size=16, rank=7, world_size=8)
+    assert len(order) == 3_000_000 - 2 ** 20
+    batches = iter(order)
+    assert [next(batches), next(batches)] == [range(start, start + 16) for start in (
+        2 ** 20 * 128 + 112, 2 ** 20 * 128 + 240)]
+    assert isinstance(order.starts, range)
+
+
+@pytest.mark.parametrize("flag", ("--train_split", "--val_split", "--data_path", "--classes", "--pretrained",
+                                  "--work_dir", "--resume", "--addr", "--local_addr", "--class_weights"))
+def test_an_empty_value_is_a_usage_error(drawn_voc, tmp_path, flag):
+    """As an unset variable of a shell gives it."""
+    line = error_line(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), flag, "", status=2)
+    assert flag in line and "takes a value, not ''" in line and not (tmp_path / "run").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_training(drawn_voc, tmp_path):
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib/__init__.py").write_text("raise ImportError('no matplotlib today')")
+    done = run(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), "--max_iters", 1,
+               env={"PYTHONPATH": str(tmp_path)})
+    assert "could not be drawn: no matplotlib today" in done.stdout and (tmp_path / "run/result.json").exists()
+
+
+def test_an_empty_folder_to_convert_into_is_a_usage_error(tmp_path):
+    assert "takes a value, not ''" in error_line(ROOT / "convert_voc_aug.py", tmp_path, tmp_path, "-o", "", status=2)

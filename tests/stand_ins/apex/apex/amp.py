@@ -1,4 +1,4 @@
-"""apex.amp: initialize, scale_loss, master_params, state_dict and load_state_dict, for float16 on an NPU.
+"""apex.amp: initialize, scale_loss, master_params, disable_casts, state_dict, load_state_dict; float16 on an NPU.
 
 O1 casts by PyTorch's autocast, from initialize on. O2 and O3 make the network float16, O2 but for BN, and cast what
 goes in and comes out. O2 steps float32 master weights, which it makes when they are first needed.
@@ -119,6 +119,14 @@ def scale_loss(loss, optimizer):
                     parameter.grad = source.grad.to(parameter.dtype) / STATE.scale
     if STATE.dynamic:
         update_scale(finite)
+
+
+@contextlib.contextmanager
+def disable_casts():
+    if STATE.opt_level != "O1":
+        raise AttributeError("'AmpState' object has no attribute 'handle'")  # made with the casts
+    with torch.autocast("npu", enabled=False):
+        yield
 
 
 def update_scale(finite):

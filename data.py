@@ -1,0 +1,84 @@
+"""The data of a run: the names of the classes, the lists, and the data set that holds them."""
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from errors import DataError
+from voc import CLASSES, VOC, no_data, passed_over, read_classes
+
+DATA_SET = VOC  # to use another data set, put its class here; VOC's docstring says what it must offer
+CLASS_NAMES = "class_names.txt"  # in the data folder, as labelme2voc writes it
+SPLIT_PURPOSE = 2  # of the seed, beside those of augment.TrainStream
+
+
+@dataclasses.dataclass
+class TrainingData:
+    """What a training runs on.
+
+    classes: their names; train, val: data sets
+    lists: {"train": ids, "val": ids} where the data folder holds no lists, for the checkpoint; else None
+    passed_over: the files beside the images that Pillow does not read, where there are no lists, in words; or None
+    """
+    classes: tuple
+    train: object
+    val: object
+    lists: dict | None
+    passed_over: str | None = None
+
+
+def open_training(root, classes_file, train_split, val_split, val_fraction, seed, lists=None):
+    """The TrainingData of train.py's flags of these names.
+
+    train_split: None: trainaug for VOC's classes, else train
+    lists: those of the checkpoint that a run resumes from
+    Raises DataError.
+    """
+    root = Path(root)
+    if classes_file is None and (root / CLASS_NAMES).is_file():
+        classes_file = root / CLASS_NAMES
+    classes = read_classes(classes_file) if classes_file else CLASSES
+    if lists is None and DATA_SET.has_lists(root):
+        if val_fraction is not None:
+            raise DataError(f"--val_fraction {val_fraction} has no effect: {root} holds lists; leave it out")
+        train_split = train_split or ("train" if classes_file else "trainaug")
+        return TrainingData(classes, DATA_SET(root, train_split), DATA_SET(root, val_split), None)
+    if lists is None:
+        if classes_file is None:
+            raise DataError(f"{root}: {no_data(root)}")
+        for flag, split, usual in (("train", train_split, None), ("val", val_split, "val")):
+            if split not in (usual, flag):
+                raise DataError(f"--{flag}_split {split} has no effect: {root} holds no lists; make them, or leave it "
+                                "out")
+        lists = split_by_seed(root, DEFAULT_FRACTION if val_fraction is None else val_fraction, seed)
+    return TrainingData(classes, DATA_SET(root, "train", lists["train"]), DATA_SET(root, "val", lists["val"]), lists,
+                        passed_over(root))
+
+
+DEFAULT_FRACTION = 0.2  # of the images with labels, to evaluate on
+
+
+def split_by_seed(root, fraction, seed):
+    """The images with labels, split at random: {"train": ids, "val": ids}, at least one each."""
+    ids = DATA_SET.labelled_ids(root)
+    if len(ids) < 2:
+        raise DataError(f"{root}: holds {len(ids)} images with labels; at least 2 are needed, one to train on and one "
+                        "to evaluate on" + (f"; {passed_over(root)}" if passed_over(root) else ""))
+    order = np.random.default_rng([seed, SPLIT_PURPOSE]).permutation(len(ids))
+    count = min(max(1, round(fraction * len(ids))), len(ids) - 1)
+    return {"train": sorted(ids[i] for i in order[count:]), "val": sorted(ids[i] for i in order[:count])}
+
+
+def open_split(root, split, lists=None):
+    """The data set of one list, to score on. lists: those that the checkpoint holds, for a folder without lists."""
+    if lists and not DATA_SET.has_lists(root):
+        if split not in lists:
+            raise DataError(f"{root}: has no list '{split}'; the checkpoint holds {', '.join(lists)}")
+        return DATA_SET(root, split, lists[split])
+    return DATA_SET(root, split)
+
+
+def digest(ids):
+    """The SHA-256 of a list, as `sha256sum` gives it for a file of one id a line."""
+    return hashlib.sha256("".join(f"{image_id}\n" for image_id in ids).encode()).hexdigest()

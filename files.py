@@ -1,0 +1,86 @@
+"""Files that are written whole or not at all, and checks that a place can be written to."""
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+from errors import UserError
+
+TEMPORARY = ".{}.tmp"  # the name of a file that is being written; short, so that a long name of the result stays legal
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a temporary path in the folder of `path`; renames it to `path` on success and deletes it on an exception.
+
+    The temporary file is locked while its writer lives, which `remove_leftovers` respects. An OSError names `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(TEMPORARY.format(secrets.token_hex(8)))
+    try:
+        with open(temporary, "wb") as holder:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(holder, fcntl.LOCK_EX)
+            yield temporary
+            temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_whole(path, content):
+    """Writes text (UTF-8) or bytes to `path`, which even after a power failure is the old file or the new one."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def link_or_copy(source, target):
+    """Makes `target` a second name of the file `source`, or a copy where the file system has no hard links."""
+    with whole_file(target) as temporary:
+        temporary.unlink()
+        try:
+            os.link(os.path.realpath(source), temporary)  # link() itself does not follow a symlink
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def remove_leftovers(folder):
+    """Deletes the temporary files in a folder whose writers were killed."""
+    for leftover in Path(folder).glob(TEMPORARY.format("*")):
+        with contextlib.suppress(OSError), open(leftover, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the writer lives
+            leftover.unlink()
+
+
+def check_writable(folder):
+    """Raises OSError unless files can be written into `folder`, or, where it does not exist, its nearest parent."""
+    folder = Path(folder)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written to ({error.strerror}); name another folder",
+                      str(folder)) from None
+
+
+def check_new_file(path):
+    """Raises OSError unless the file `path` can be written; its folder must exist."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OSError(None, "cannot be written; name a file in a folder that exists", str(path))
+    check_writable(path.parent)
+
+
+def check_no_overlap(read, written, flag):
+    """Raises UserError if one of the files `written` is one of those `read`, by its own name or through links."""
+    inputs = {kind for path in read for kind in (os.path.abspath(path), os.path.realpath(path))}
+    for path in written:
+        if os.path.abspath(path) in inputs or os.path.realpath(path) in inputs:
+            raise UserError(f"{flag}: would overwrite {path}, which is read; name another place")

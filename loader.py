@@ -1,0 +1,109 @@
+"""Batches from worker processes: their order, their errors, and what becomes of the workers.
+
+Workers ignore SIGTERM and SIGINT, which a terminal and a scheduler send to every process: the main process stops the
+run, and until it does, batches must come. `cli.kill_children` ends them. A worker that loses the main process ends.
+"""
+import multiprocessing
+import signal
+import sys
+from multiprocessing.connection import wait
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cli import kill_children
+from device import usable_cores
+from errors import RunError, UserError, first_line
+
+WORKERS = 4  # a process's, where the cores suffice
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that stop a run
+DYING_TIME = 1  # seconds between the end of a worker's connections and its own
+STARTED = []  # the worker processes that this process started
+
+
+def default_workers(processes_here=1):
+    """How many workers each of the processes on this machine gets."""
+    return max(1, min(WORKERS, usable_cores() // processes_here))
+
+
+class Batches:
+    """An iterable of batches: each is what `collate` makes of the samples of some indices of a data set.
+
+    data: a map-style data set; batches: an iterable of lists of indices; collate: samples -> batch
+    workers: how many processes load; 0: this one does
+    Raises what the data set raises, whichever process loads, and RunError where a worker dies.
+    """
+
+    def __init__(self, data, batches, collate, workers, pin_memory=False):
+        self.loader = DataLoader(Reporting(data, collate), batch_sampler=batches, num_workers=workers,
+                                 pin_memory=pin_memory, collate_fn=as_it_is, worker_init_fn=start_worker)
+
+    def __iter__(self):
+        before = set(multiprocessing.active_children())
+        ours = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a worker is born with this process's handlers
+        try:
+            batches = iter(self.loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ours)
+        own = [child for child in multiprocessing.active_children() if child not in before]
+        STARTED.extend(own)
+        try:
+            for batch in batches:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # a stop, too; PyTorch would wait 5 s for each worker that is blocked
+            raise_if_worker_died(error)
+            STARTED.clear()  # what is killed now has not died
+            kill_children()
+            raise
+        finally:
+            STARTED[:] = [worker for worker in STARTED if worker not in own]
+
+
+class Reporting(Dataset):
+    """Loads batches of a data set. Returns an error that is for the user, in place of a batch: PyTorch would raise it
+    anew with a traceback as its message."""
+
+    def __init__(self, data, collate):
+        self.data, self.collate = data, collate
+
+    def __getitems__(self, indices):
+        try:
+            return self.collate([self.data[index] for index in indices])
+        except (UserError, OSError) as error:
+            return error
+
+
+def as_it_is(batch):
+    return batch
+
+
+def start_worker(worker):
+    """Workers ignore signals. Their thread that hands over batches is silent where the main process is gone."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None
+
+
+def raise_if_worker_died(error):
+    """Raises RunError if a worker was killed. PyTorch says so by a RuntimeError, which may come at any moment, or what
+    it does fails: to take over a batch from a process that is about to be gone."""
+    if not isinstance(error, RuntimeError | EOFError | OSError):
+        return
+    if not isinstance(error, RuntimeError):
+        wait([worker.sentinel for worker in STARTED if worker.exitcode is None], DYING_TIME)
+    if any(worker.exitcode not in (None, 0) for worker in STARTED):
+        raise RunError(f"a process that loads images died ({first_line(error)}); if memory ran out, lower --workers"
+                       ) from None
+
+
+def stack_images(images):
+    """Images uint8 [3, h, w] of one size -> uint8 [N, h, w, 3], contiguous.
+
+    Channels last is how they lie in memory. A host tensor of that shape is copied to any device as it is, where
+    `augment.prepare` permutes it; torch_npu would first make a permuted one contiguous, on the CPU.
+    """
+    return torch.stack([image.permute(1, 2, 0) for image in images])

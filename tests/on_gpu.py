@@ -1,0 +1,315 @@
+"""Ways to run a training step, against each other: the parts of `python tests/benchmark.py --on_gpu`.
+
+The step is train.py's own, `resnet50_d8` with --amp, on one batch of the data that stays on the device. What is not
+the project's way lives here only, put in its place by a patch. A and B take turns, A, B, A, B, each time 15 steps to
+warm up and 40 measured; on a CPU a few small steps show that a part works.
+"""
+import collections
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import statistics
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
+
+import speeds
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import augment
+import fcn8s
+import train
+import trainer as training
+from augment import BatchOrder, TrainAugmentation, TrainStream, train_batches
+from data import open_training
+from device import choose_device, peak_memory, pins_memory, synchronize, to_device
+from precision import choose_precision
+
+COLUMNS = ("pair", "way", "ms a step, each turn", "images/s", "peak memory", "loss after 20 steps", "note")
+MINUTES = 9  # after which a part is ended
+TURNS = 2
+LOSS_AT = 20  # steps of the first turn
+PROFILED = 10  # steps
+GROUPS = (("convolution", ("conv",)), ("BN", ("batch_norm", "batchnorm")),
+          ("loss", ("nll_loss", "nllloss", "log_softmax", "logsoftmax", "cross_entropy", "upsample")),
+          ("optimizer", ("sgd", "foreach", "amp_")))
+RANGES = ("preparation", "optimizer")  # whatever runs within these belongs to them
+
+
+class Bench:
+    """What all parts share: the device, the sizes, and a batch of the data.
+
+    images, side: of the batch; warm_up, measured: steps of a turn
+    """
+
+    def __init__(self, device, data):
+        self.device, self.data, small = device, data, device.type == "cpu"
+        self.images, self.side, self.warm_up, self.measured = (2, 64, 1, 2) if small else (16, 512, 15, 40)
+        args = train.parse_args(["--data_path", str(data)])
+        found = open_training(args.data_path, args.classes, args.train_split, args.val_split, args.val_fraction,
+                              args.seed)
+        stream = TrainStream(found.train, TrainAugmentation(self.side, args.scale), args.seed)
+        batches = train_batches(stream, BatchOrder(0, self.images, self.images), 0, pins_memory(device))
+        self.host_batch = next(iter(batches))
+        self.batch = to_device(self.host_batch, device)
+
+    def trainer(self, dtype=None):
+        mixed = dtype != "float32"
+        precision = choose_precision(self.device, mixed, backend="native", dtype=dtype if mixed else None)
+        return speeds.new_trainer("resnet50_d8", self.device, precision, self.images)
+
+    def mark(self):
+        """A moment on the device, for `seconds`."""
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = getattr(torch, self.device.type).Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start, end):
+        return end - start if self.device.type == "cpu" else start.elapsed_time(end) / 1000
+
+    def turn(self, step):
+        """Runs a turn of a function that returns its loss, or None.
+
+        -> (median seconds, peak memory above what was held before, the losses [steps])
+        """
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).reset_peak_memory_stats(self.device)
+        held, losses, marks = self.held(), [], []
+        for number in range(self.warm_up + self.measured):
+            if number >= self.warm_up:
+                marks.append(self.mark())
+            losses.append(step())
+        marks.append(self.mark())
+        synchronize(self.device)
+        times = [self.seconds(*pair) for pair in zip(marks, marks[1:], strict=False)]
+        losses = [float(loss) for loss in losses if loss is not None]
+        return statistics.median(times), peak_memory(self.device) - held, losses
+
+    def held(self):
+        return 0 if self.device.type == "cpu" else getattr(torch, self.device.type).memory_allocated(self.device)
+
+    def rows(self, pair, turns, notes):
+        """Rows of the table. turns: {way: what `turn` gave, for each turn}; notes: {way: text}"""
+        for way, results in turns.items():
+            times = [seconds for seconds, _, _ in results]
+            losses = results[0][2][:LOSS_AT]
+            loss = f"{losses[-1]:.4f}" if losses else ""
+            loss += f" (after {len(losses)})" if 0 < len(losses) < LOSS_AT else ""
+            yield (pair, way, ", ".join(f"{1000 * seconds:.1f}" for seconds in times),
+                   f"{self.images / statistics.median(times):.1f}",
+                   f"{max(memory for _, memory, _ in results) / 2 ** 30:.2f} GiB", loss, notes.get(way, ""))
+
+    def compare(self, pair, ways, notes=None):
+        """Rows of ways to run a step, in turns. ways: {name: (a function that runs a step, a context to run it in)}"""
+        turns = {way: [] for way in ways}
+        for _ in range(TURNS):
+            for way, (step, context) in ways.items():
+                with context():
+                    turns[way].append(self.turn(step))
+        return self.rows(pair, turns, notes or {})
+
+
+def run_part(part, device_name, data):
+    signal.alarm(60 * MINUTES)
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # or a second run would not compile
+    return list(globals()[part](Bench(choose_device(device_name), data)))
+
+
+def plain(trainer, batch):
+    """train.py's step on a batch. -> a function that returns its loss, on the device"""
+    return lambda: trainer.step([batch])[0]
+
+
+def patched(module, **names):
+    """A function that makes a context in which a module's names stand for something else."""
+    return lambda: mock.patch.multiple(module, **names)
+
+
+# ---- pairs
+
+def cudnn(bench):
+    """Each turn in a process of its own: PyTorch keeps the plan that it first chose for a shape, tuned or not
+    (aten/src/ATen/native/cudnn/Conv_v8.cpp)."""
+    ways = {"no tuning": (False, 10), "benchmark_limit 10, the project's": (True, 10), "benchmark_limit 4": (True, 4),
+            "benchmark_limit 0, all": (True, 0)}
+    turns = {way: [] for way in ways}
+    for _ in range(TURNS):
+        for way, flags in ways.items():
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                turns[way].append(pool.submit(cudnn_turn, bench.device, bench.data, *flags).result())
+    first = {way: f"first step {results[0][3]:.1f} s" for way, results in turns.items()}
+    return bench.rows("cudnn", {way: [result[:3] for result in results] for way, results in turns.items()}, first)
+
+
+def cudnn_turn(device, data, benchmark, limit):
+    """-> what `turn` gives, and the seconds of the first step"""
+    signal.alarm(60 * MINUTES // 3)
+    bench = Bench(device, data)
+    step = plain(bench.trainer(), bench.batch)
+    with patched(training, convolutions=lambda device, training: torch.backends.cudnn.flags(
+            enabled=True, benchmark=benchmark, benchmark_limit=limit, allow_tf32=True))():
+        seconds, loss = first_step(bench, step)
+        median, memory, losses = bench.turn(step)
+    return median, memory, [loss, *losses], seconds
+
+
+def first_step(bench, step):
+    """-> (seconds that it took, its loss)"""
+    start = time.perf_counter()
+    loss = float(step())
+    synchronize(bench.device)
+    return time.perf_counter() - start, loss
+
+
+def dtype(bench):
+    """On a CPU float32 stands for float16, of which a step takes minutes there."""
+    first = "float32" if bench.device.type == "cpu" else "float16"
+    return bench.compare("dtype", {name: (plain(bench.trainer(name), bench.batch), contextlib.nullcontext)
+                                   for name in (first, "bfloat16")})
+
+
+@functools.cache
+def enlarging(side, out, device):
+    """The bilinear enlargement of a line of `side` values as a matrix [out, side]."""
+    return F.interpolate(torch.eye(side, device=device)[None], out, mode="linear", align_corners=False)[0].T
+
+
+def upsample_by_products(logits, size):
+    """fcn8s.upsample as two matrix products: no atomic additions in the backward pass, so that it is deterministic."""
+    with torch.autocast(logits.device.type, enabled=False):
+        rows, columns = (enlarging(*sides, logits.device) for sides in zip(logits.shape[-2:], size, strict=True))
+        return rows @ logits.float().contiguous() @ columns.T
+
+
+def enlarge(bench):
+    logits = torch.randn(2, 21, bench.side // 8, bench.side // 8, device=bench.device)
+    size = (bench.side, bench.side)
+    worst = (upsample_by_products(logits, size) - fcn8s.upsample(logits, size)).abs().max()
+    return bench.compare("enlarge", {
+        "F.interpolate": (plain(bench.trainer(), bench.batch), contextlib.nullcontext),
+        "two matrix products": (plain(bench.trainer(), bench.batch), patched(fcn8s, upsample=upsample_by_products))},
+        {"two matrix products": f"values differ by {worst:.1e}"})
+
+
+def prepare(bench):
+    compiled = torch.compile(augment.prepare)
+    arguments = (bench.batch["image"], "unpadded", bench.batch["size"], bench.batch["jitter"])
+    seconds, _ = first_step(bench, lambda: compiled(*arguments).sum())
+    same = "equal to the bit" if torch.equal(compiled(*arguments), augment.prepare(*arguments)) else "NOT equal"
+    notes = {"compiled": f"compiled in {seconds:.0f} s, {same}"}
+    yield from bench.compare("prepare alone", {
+        way: (lambda function=function: (function(*arguments), None)[1], contextlib.nullcontext)
+        for way, function in (("plain", augment.prepare), ("compiled", compiled))}, notes)
+    yield from bench.compare("prepare", {
+        "plain": (plain(bench.trainer(), bench.batch), contextlib.nullcontext),
+        "compiled": (plain(bench.trainer(), bench.batch), patched(training, prepare=compiled))}, notes)
+
+
+def compile(bench):
+    """Whole: the losses of the images, one graph. By blocks: each bottleneck and head, and the losses."""
+    whole, blocks = bench.trainer(), bench.trainer()
+    model, losses_of = whole.network, training.losses_of
+    graph = torch.compile(lambda images, labels, weights: losses_of(model(images), labels, weights))
+    whole.network = lambda images: images  # the graph holds the network, too
+    for module in blocks.model.modules():
+        if isinstance(module, fcn8s.Bottleneck | fcn8s.ConvHead):
+            module.compile()
+    ways = {"plain": (plain(bench.trainer(), bench.batch), contextlib.nullcontext),
+            "whole": (plain(whole, bench.batch), patched(training, losses_of=graph)),
+            "by blocks": (plain(blocks, bench.batch), patched(training, losses_of=torch.compile(losses_of)))}
+    notes = {}
+    for way, (step, context) in ways.items():
+        with context():
+            notes[way] = f"first step {first_step(bench, step)[0]:.0f} s"
+    return bench.compare("compile", ways, notes)
+
+
+def transfer(bench):
+    """From page-locked memory, where there is such, in each step."""
+    strided = {**bench.host_batch, "image": bench.host_batch["image"].permute(0, 3, 1, 2)}
+    original = training.prepare
+    return bench.compare("transfer", {
+        "uint8 [N, H, W, 3]": (plain(bench.trainer(), bench.host_batch), contextlib.nullcontext),
+        "uint8 [N, 3, H, W], channels last": (plain(bench.trainer(), strided), patched(
+            training, prepare=lambda images, *rest: original(images.permute(0, 2, 3, 1), *rest)))})
+
+
+# ---- where the time goes
+
+def profile(bench):
+    """Seconds of the device (on a CPU, of the cores) in each group of operators, over 10 steps."""
+    trainer, kind = bench.trainer(), bench.device.type
+    step = plain(trainer, bench.batch)
+    median = bench.turn(step)[0]
+    with FlopCounterMode(display=False) as counter:
+        step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if kind == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    ranged = {"prepare": in_range("preparation", training.prepare)}
+    with patched(training, **ranged)(), mock.patch.object(
+            trainer.optimizer, "step", in_range("optimizer", trainer.optimizer.step)):
+        with torch.profiler.profile(activities=activities) as profiler:
+            for _ in range(PROFILED):
+                step()
+            synchronize(bench.device)
+    seconds = collections.Counter()
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            own = event.self_cpu_time_total if kind == "cpu" else event.self_device_time_total
+            seconds[group_of(event)] += own / 1e6
+    total = sum(seconds.values())
+    for group, spent in seconds.most_common():
+        yield ("profile", group, f"{1000 * spent / PROFILED:.2f}", "", "", "", f"{100 * spent / total:.1f}%")
+    flops = counter.get_total_flops() / median / 1e12
+    yield ("profile", "the whole step", f"{1000 * median:.1f}", f"{bench.images / median:.1f}", "", "",
+           f"{counter.get_total_flops() / 1e12:.2f} TFLOP a step, {flops:.2f} TFLOP/s")
+
+
+def in_range(name, function):
+    @functools.wraps(function)
+    def named(*args, **kwargs):
+        with torch.profiler.record_function(name):
+            return function(*args, **kwargs)
+    return named
+
+
+def group_of(event):
+    """The group of an operator: of a range it runs in, or by its own name or that of one that called it."""
+    names = []
+    while event is not None:
+        names.append(event.name.lower())
+        event = event.cpu_parent
+    for name in RANGES:
+        if name in names:
+            return name
+    return next((group for name in names for group, parts in GROUPS if any(part in name for part in parts)),
+                "elementwise and other")
+
+
+def waits(bench):
+    """Where a step waits for the device, by PyTorch's own count."""
+    if bench.device.type != "cuda":
+        yield ("waits", "CUDA only", "", "", "", "", "")
+        return
+    step = plain(bench.trainer(), bench.host_batch)
+    step().item()
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(PROFILED):
+            step()
+    torch.cuda.set_sync_debug_mode("default")
+    found = collections.Counter(f"{warning.filename.rpartition('/')[2]}:{warning.lineno}" for warning in caught
+                                if "synchronizing" in str(warning.message))
+    for where, times in found.most_common():
+        yield ("waits", where, "", "", "", "", f"{times / PROFILED:g} a step")
+    if not found:
+        yield ("waits", "none", "", "", "", "", f"in {PROFILED} steps")

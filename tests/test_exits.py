@@ -1,0 +1,122 @@
+"""Whatever is raised in a run, its cause is shown and every process of it ends."""
+import multiprocessing
+import os
+import signal
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, finish, left_of, start, train, wait_for_iteration
+
+import loader
+from errors import RunError
+from processes import StopSignal
+
+LONG = ("--max_iters", 10_000, "--eval_interval", 10)
+FAULTY = str(ROOT / "tests/faulty")
+
+
+def cause(kind, rank, data, fault):
+    """Makes a run on that data fail soon. -> what it must say"""
+    if kind in ("train", "val"):
+        for path in (data / "JPEGImages").glob(f"drawn_{kind}_*.jpg"):
+            path.write_bytes(b"garbage")
+        return "jpg: the image does not decode"
+    if kind == "vanished":
+        (data / "JPEGImages").rename(data / "elsewhere")
+        return "its folder is not there any more; mount or restore it"
+    fault.write_text(f"{kind} {rank}")
+    return {"bug": "RuntimeError: a bug", "kill": "a process that loads images died"}[kind]
+
+
+@pytest.mark.parametrize("kind, workers, ranks", [
+    *((kind, workers, 1) for kind in ("train", "val", "vanished", "bug", "kill") for workers in (0, 1, 4)
+      if (kind, workers) != ("kill", 0)),  # that would be the process itself
+    ("train", 4, 2), ("val", 0, 2), ("vanished", 1, 2), ("bug", 0, 2), ("kill", 1, 2)])
+def test_an_error_is_shown_and_no_process_is_left(kind, workers, ranks, own_drawn_voc, tmp_path):
+    """Of two ranks one raises while the other waits for its gradients. A SIGTERM finds nobody who would ignore it."""
+    fault = tmp_path / "fault"
+    devices = ("--device_list", "0,1") if ranks == 2 else ()
+    process = start(own_drawn_voc, tmp_path / "run", *LONG, "--workers", workers, *devices,
+                    env={"PYTHONPATH": FAULTY, "FAULT": str(fault)})
+    wait_for_iteration(process, tmp_path / "run", 1)
+    words = cause(kind, ranks - 1, own_drawn_voc, fault)
+    output = finish(process, 1)
+    assert words in output and ("Traceback" in output) == (kind == "bug")
+    assert "lost the other processes" not in output
+    assert not left_of(process, tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", (EOFError(), ConnectionResetError(), RuntimeError("unable to open shared memory")))
+def test_a_worker_that_was_killed_is_told_by_whatever_fails_first(error, monkeypatch):
+    """As taking over its batch does, before the system says that it is dead."""
+    worker = multiprocessing.get_context("fork").Process(target=signal.pause)
+    worker.start()
+    monkeypatch.setattr(loader, "STARTED", [worker])
+    os.kill(worker.pid, signal.SIGKILL)
+    if isinstance(error, RuntimeError):
+        worker.join()
+    with pytest.raises(RunError, match="a process that loads images died"):
+        loader.raise_if_worker_died(error)
+
+
+def test_a_refused_run_is_no_more_accepted_when_it_is_restarted(drawn_voc, tmp_path):
+    train(drawn_voc, tmp_path / "run", "--max_iters", 1)
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    output = finish(start(drawn_voc, tmp_path / "run", "--device_list", 0, "--max_restarts", 1), 1)
+    assert "holds a run already" in output and (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("flags, number", [
+    (("--workers", 0), signal.SIGTERM), (("--workers", 0), signal.SIGINT), ((), signal.SIGTERM), ((), signal.SIGINT),
+    (("--device_list", "0,1"), signal.SIGTERM)])
+def test_a_stop_is_heard_while_the_loader_blocks(flags, number, drawn_voc, tmp_path):
+    """As it does on a folder whose server does not answer. Of two ranks, both are asked."""
+    fault = tmp_path / "fault"
+    process = start(drawn_voc, tmp_path / "run", *LONG[:2], "--eval_interval", 10_000, *flags,
+                    env={"PYTHONPATH": FAULTY, "FAULT": str(fault)})
+    wait_for_iteration(process, tmp_path / "run", 2)
+    fault.write_text("block 0")
+    while fault.exists() and process.poll() is None:
+        os.sched_yield()
+    process.send_signal(number)
+    output = finish(process, 128 + number)
+    assert f"stopped by {number.name} at iteration" in output and "which is saved" in output.splitlines()[-1]
+    assert not left_of(process, tmp_path / "run")
+    assert (tmp_path / "run/ckpt/latest.pth").is_file()
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_a_rank_that_waits_for_the_others_ends_on_a_signal(number, drawn_voc, tmp_path):
+    """They never come. launch.py's folder of notes is there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = start(drawn_voc, tmp_path / "run", env={
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "FCN8S_NOTES": str(tmp_path)})
+    with socket.socket() as there:
+        while process.poll() is None and there.connect_ex(("127.0.0.1", port)):
+            os.sched_yield()
+    process.send_signal(number)
+    finish(process, -number)
+
+
+def test_only_a_wait_after_a_signal_is_limited():
+    """Of several ranks: a batch that comes in time ends the limit, and the next wait has one of its own."""
+    def left():
+        return signal.getitimer(signal.ITIMER_REAL)[0]
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    try:
+        stop = StopSignal(SimpleNamespace(count=2, stopping=False), torch.device("cpu"))
+        batches = (signal.raise_signal(number) or left() if number else left() for number in (0, signal.SIGTERM, 0))
+        limits = []
+        for _ in range(3):
+            limits.append(stop.wait_for(batches))
+            assert left() == 0
+        assert [limit > 0 for limit in limits] == [False, True, True] and stop.number == signal.SIGTERM
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

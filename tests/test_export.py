@@ -1,0 +1,58 @@
+"""export.py: the ONNX file is the network, at any size or at one; what is missing is said, and nothing left behind."""
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, error_line, run, untrained_checkpoint
+
+from augment import prepare
+from fcn8s import FCN8s
+
+EXPORT = ROOT / "export.py"
+ANIMALS = ("ground", "猫", "sheep dog", "owl")
+
+
+def onnx_logits(path, images):
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["classes"].split("\n") == list(ANIMALS)
+    return session.run(None, {"images": images.numpy()})[0]
+
+
+@pytest.mark.parametrize("backbone, size", [("resnet50", None), ("resnet50_d8", None), ("resnet50", (40, 56))])
+def test_an_exported_network_is_the_network(tmp_path, backbone, size):
+    """At sizes it was not checked at, where it takes any."""
+    torch.manual_seed(0)
+    model = FCN8s(4, backbone)
+    for parameter in model.decode_head.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    torch.save({"state_dict": model.state_dict(), "meta": {"backbone": backbone, "classes": ANIMALS}},
+               tmp_path / "net.pth")
+    done = run(EXPORT, tmp_path / "net.pth", tmp_path / "net.onnx", *(("--size", *size) if size else ()))
+    assert "ONNX Runtime agrees with PyTorch" in done.stdout and done.stderr == ""
+    for shape in ((1, 3, *size),) if size else ((1, 3, 71, 90), (3, 3, 1, 8)):
+        images = torch.randint(0, 256, shape).float()
+        with torch.no_grad():
+            expected = model.eval()(prepare(images.byte().permute(0, 2, 3, 1)))["out"]
+        assert expected.abs().max() > 1e-3
+        np.testing.assert_allclose(onnx_logits(tmp_path / "net.onnx", images), expected, rtol=1e-4,
+                                   atol=1e-4 * float(expected.abs().max()))
+    if size:
+        with pytest.raises(Exception, match="[Dd]imension"):
+            onnx_logits(tmp_path / "net.onnx", torch.zeros(1, 3, 64, 64))
+
+
+def test_an_export_says_what_is_missing_and_leaves_nothing(tmp_path):
+    checkpoint = untrained_checkpoint(tmp_path / "net.pth", ANIMALS)
+    assert "absent/net.onnx: cannot be written; name a file in" in error_line(
+        EXPORT, checkpoint, tmp_path / "absent/net.onnx")
+    assert "would overwrite the checkpoint" in error_line(EXPORT, checkpoint, checkpoint, status=2)
+    assert "takes a value, not ''" in error_line(EXPORT, checkpoint, "", status=2)
+    assert "at least 1, not '0'" in error_line(EXPORT, checkpoint, tmp_path / "net.onnx", "--size", 0, 8, status=2)
+    (tmp_path / "start.py").write_text("import runpy, sys\nsys.modules['onnx'] = sys.modules['tensorboard'] = None\n"
+                                       "sys.argv.pop(0)\nsys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\n"
+                                       "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    assert "pip install onnx" in error_line(
+        tmp_path / "start.py", EXPORT, checkpoint, tmp_path / "net.onnx")
+    assert "pip install tensorboard" in error_line(
+        tmp_path / "start.py", ROOT / "train.py", "--data_path", tmp_path, "--tensorboard", status=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pth", "start.py"]

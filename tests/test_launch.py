@@ -1,0 +1,87 @@
+"""Variables that a scheduler sets or leaves empty, machines of their own, and Windows."""
+import shutil
+import socket
+
+import pytest
+from conftest import ROOT, assert_same_run, error_line, finish, run, start, train, train_flags
+
+TRAIN = ROOT / "train.py"
+WINDOWS = """
+import argparse, importlib.util, logging, multiprocessing, runpy, subprocess, sys, tempfile
+sys.platform = "win32"
+sys.modules.update(fcntl=None, resource=None)  # which are not there
+sys.path.insert(0, {folder!r})
+sys.argv = {command!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set as torchrun sets it, but RANK is ''"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "but MASTER_PORT is ''"),
+    ({"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "WORLD_SIZE=two")])
+def test_a_part_of_a_schedulers_variables_is_one_line(environment, words, drawn_voc, tmp_path):
+    for script in (TRAIN, ROOT / "evaluate.py"):
+        command = train_flags(drawn_voc, tmp_path / "run") if script == TRAIN else ("file", "--data_path", drawn_voc)
+        line = error_line(script, *command, status=2, env=environment)
+        assert words in line and "unset WORLD_SIZE" in line
+
+
+@pytest.mark.parametrize("environment", ({"WORLD_SIZE": ""}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "", "RANK": ""}))
+def test_an_empty_variable_is_none(environment, drawn_voc, tmp_path):
+    run(TRAIN, *train_flags(drawn_voc, tmp_path / "run"), "--max_iters", 1, env=environment)
+
+
+def test_an_address_that_is_empty_starts_no_run(drawn_voc, tmp_path):
+    flags = ("--device_list", "0", "--nnodes", 2, "--node_rank", 0, "--addr", "")
+    assert "--addr" in error_line(TRAIN, *train_flags(drawn_voc, tmp_path / "run"), *flags, status=2)
+
+
+def test_two_machines_read_their_own_data_folders(drawn_voc, tmp_path):
+    """Equal ones make one run; of others, whose lists differ, the machine says so."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    copy = shutil.copytree(drawn_voc.parent, tmp_path / "VOCdevkit") / "VOC2012"
+    train(drawn_voc, tmp_path / "twin", "--device_list", "0,1")
+
+    def both(name, *folders):
+        where = ("--nnodes", 2, "--addr", "127.0.0.1", "--master_port", port, "--device_list", 0)
+        return [start(folder, tmp_path / f"{name}{rank}", *where, "--node_rank", rank)
+                for rank, folder in enumerate(folders)]
+
+    machines = both("run", drawn_voc, copy)
+    (copy / "moved").mkdir()  # nothing that either reads
+    for machine in machines:
+        finish(machine, 0)
+    assert_same_run(tmp_path / "run0", tmp_path / "twin")
+    names = copy / "ImageSets/Segmentation/val.txt"
+    names.write_text("\n".join(names.read_text().split()[:-1]))
+    first, second = both("other", drawn_voc, copy)
+    assert f"{copy}: its lists differ from those of rank 0's machine" in finish(second, 1)
+    finish(first, 1)
+
+
+@pytest.mark.parametrize("script", ("train.py", "evaluate.py", "predict.py", "export.py", "convert_voc_aug.py"))
+def test_on_windows_a_command_is_one_line(script, tmp_path):
+    """Python says so by sys.platform, and lacks the modules of POSIX."""
+    (tmp_path / "windows.py").write_text(WINDOWS.format(folder=str(ROOT), command=[str(ROOT / script), "--help"]))
+    assert "on Windows, run it in WSL2" in error_line(tmp_path / "windows.py", real=True)
+
+
+def test_devices_set_by_hand_decide_how_many_processes_there_are(drawn_voc, tmp_path):
+    flags = ("--device", "auto", "--device_list", 0, "--max_iters", 1)
+    done = run(TRAIN, *train_flags(drawn_voc, tmp_path / "run"), *flags,
+               env={"CUDA_VISIBLE_DEVICES": "4,5"})
+    assert "device: 2 x cpu" in done.stdout and (tmp_path / "run/FCN_bs2_2p_acc.log").exists()
+    assert done.stderr.splitlines() == ["train.py: CUDA_VISIBLE_DEVICES=4,5 is set, it wins over --device_list 0"]
+
+
+def test_a_device_package_that_breaks_pytorchs_import_is_not_loaded(drawn_voc, tmp_path):
+    """PyTorch loads such packages by itself when it is imported, by the launcher, too."""
+    (tmp_path / "broken.py").write_text("raise ImportError('no libraries')")
+    (tmp_path / "broken-1.dist-info").mkdir()
+    (tmp_path / "broken-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (tmp_path / "broken-1.dist-info/entry_points.txt").write_text("[torch.backends]\nbroken = broken:load\n")
+    run(TRAIN, *train_flags(drawn_voc, tmp_path / "run"), "--device_list", 0, "--max_iters", 1,
+        env={"PYTHONPATH": str(tmp_path)})

@@ -1,0 +1,145 @@
+"""Precisions: optimizer steps with infinite gradients, loss scales, flags that cannot take effect, which apex it is."""
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from errors import DeviceError
+from fcn8s import FCN8s
+from precision import ArithmeticScale, Precision, check_network, choose_precision, find_apex, fused_sgd, prefers_native
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # no CUDA device is touched
+
+
+@pytest.mark.parametrize("dtype, loss_scale, optimizers_device", [
+    (torch.float32, 1.0, CPU), (torch.bfloat16, 1.0, CPU), (torch.float16, 128.0, CPU), (torch.float16, "dynamic", CPU),
+    (torch.float32, 1.0, CUDA), (torch.float16, "dynamic", CUDA)])
+def test_infinite_gradients_change_no_parameter(dtype, loss_scale, optimizers_device):
+    """Two bad steps among three good ones, against plain SGD that only sees the good ones. The first is bad: PyTorch's
+    fused SGD would go on from momentum that nobody set. (That one, for CUDA, runs on CPU tensors, too.)"""
+    torch.manual_seed(0)
+    inputs, weights = torch.randn(8, 5), torch.randn(3, 5)
+    ours, plain = (torch.nn.Parameter(weights.clone()) for _ in range(2))
+    precision = Precision(CPU, dtype, loss_scale)
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    optimizer = fused_sgd([ours], optimizers_device, precision, **settings)
+    plain_sgd = torch.optim.SGD([plain], **settings)
+    for factor in (float("inf"), 1.0, 1.0, float("nan"), 1.0):
+        before = ours.detach().clone()
+        optimizer.zero_grad()
+        with precision.autocast():
+            loss = torch.nn.functional.linear(inputs, ours).float().square().mean() * factor
+        precision.backward(loss, optimizer)
+        left_out = precision.step(optimizer)
+        assert bool(left_out) == torch.equal(ours, before) == (factor != 1.0)
+        if factor == 1.0:
+            plain_sgd.zero_grad()
+            torch.nn.functional.linear(inputs, plain).square().mean().backward()
+            plain_sgd.step()
+    torch.testing.assert_close(ours, plain, **({} if dtype is torch.float32 else {"rtol": 0.02, "atol": 0.01}))
+    assert precision.scaler.get_scale() == (2.0 ** 14 if loss_scale == "dynamic" else loss_scale)
+
+
+def test_a_dynamic_scale_grows():
+    weight = torch.nn.Parameter(torch.ones(1))
+    precision = Precision(CPU, torch.float16, "dynamic")
+    precision.scaler.set_growth_interval(2)
+    optimizer = fused_sgd([weight], CPU, precision, lr=0.1, momentum=0.9, weight_decay=0.0)
+    for _ in range(4):
+        optimizer.zero_grad()
+        precision.backward(weight.square().sum(), optimizer)
+        precision.step(optimizer)
+    assert precision.scaler.get_scale() == 2.0 ** 18
+
+
+def test_a_scale_updated_by_arithmetic_is_pytorchs(monkeypatch):
+    """Through overflows, growth and a checkpoint in between."""
+    monkeypatch.setattr("precision.GROWTH_INTERVAL", 2)
+    theirs = torch.amp.GradScaler("cpu", growth_interval=2)
+    theirs.scale(torch.ones(1))
+    ours = ArithmeticScale(CPU)
+    for step, overflow in enumerate((1, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0)):
+        theirs._per_optimizer_states[0]["found_inf_per_device"] = {CPU: torch.tensor(float(overflow))}
+        theirs.update()
+        scale = ours.update(torch.tensor(bool(overflow)))
+        assert float(scale) == theirs.get_scale(), step
+        state = {"scale": float(scale), "_growth_tracker": int(ours.good_steps)}
+        assert state["_growth_tracker"] == theirs._get_growth_tracker(), step
+        ours = ArithmeticScale(CPU)
+        ours.load(state)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ({"opt_level": "O2", "backend": "native"}, "--opt_level O2 needs apex; --amp_backend native has O0 and O1"),
+    ({"opt_level": "O3"}, "--opt_level O3 by apex: apex needs an NPU or a CUDA device"),
+    ({"backend": "apex"}, "apex needs an NPU or a CUDA device"),
+    ({"loss_scale": 128.0}, "--loss_scale 128.0: bfloat16 on cpu needs no loss scale"),
+    ({"loss_scale": 2.0, "dtype": "bfloat16"}, "needs no loss scale"),
+    ({"loss_scale": 2.0, "opt_level": "O0"}, "--loss_scale 2.0: float32 on cpu needs no loss scale"),
+    ({"dtype": "float16", "opt_level": "O0"}, "--amp_dtype float16 has no effect with --opt_level O0"),
+    ({"dtype": "bfloat16", "opt_level": "O2"}, "apex mixes in float16 alone")])
+def test_precision_flags_that_cannot_take_effect(flags, words):
+    with pytest.raises(DeviceError) as caught:
+        choose_precision(CPU, amp=True, **flags)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+COMPLETE = """
+def initialize(model, optimizer): pass
+scale_loss = master_params = disable_casts = state_dict = load_state_dict = initialize
+"""
+
+
+@pytest.mark.parametrize("kind, files, words", [
+    ("npu", {"__init__": "raise SystemError('imported')"}, "is PyPI's unrelated package of that name; uninstall it"),
+    ("cuda", {"optimizers": ""}, "has no amp, which NVIDIA took out in May 2025"),
+    ("cuda", {"amp": "def initialize(): pass"}, "lacks amp.scale_loss"),
+    ("cuda", {"__init__": "import torch._six", "amp": ""}, "apex cannot be imported (No module named 'torch._six')"),
+    ("npu", {"amp": COMPLETE}, "is for CUDA devices"),
+    ("cuda", {"amp": COMPLETE.replace("optimizer)", "optimizer, combine_grad=None)")}, "is for NPUs"),
+    ("cuda", {"amp": COMPLETE}, None)])
+def test_apex_is_told_by_what_it_offers(tmp_path, monkeypatch, kind, files, words):
+    forget_apex()
+    (tmp_path / "apex").mkdir()
+    for name, text in {"__init__": "", **files}.items():
+        (tmp_path / f"apex/{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    if words is None:
+        assert find_apex(kind).__name__ == "apex.amp"
+    else:
+        with pytest.raises(ImportError, match=re.escape(words)):
+            find_apex(kind)
+    forget_apex()
+
+
+def test_on_cuda_apex_is_for_what_it_alone_can_do(tmp_path, monkeypatch):
+    """Where it is installed: NVIDIA's waits for the device in each step."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex/__init__.py").write_text("")
+    (tmp_path / "apex/amp.py").write_text(COMPLETE)
+    monkeypatch.syspath_prepend(tmp_path)
+    forget_apex()
+    assert prefers_native(CUDA, "O1", None) and not prefers_native(CUDA, "O2", None)
+    for options in ({"opt_level": "O2"}, {"opt_level": "O3"}, {"opt_level": "O1", "backend": "apex"}):
+        assert str(choose_precision(CUDA, True, **options)).startswith(f"apex {options['opt_level']} with")
+    forget_apex()
+
+
+def test_bfloat16_on_an_npu_is_for_networks_without_transposed_convolutions():
+    npu, bfloat16 = SimpleNamespace(type="npu"), SimpleNamespace(dtype=torch.bfloat16)
+    with pytest.raises(DeviceError, match="tiny has transposed convolutions.*torch_npu 2.12"):
+        check_network(bfloat16, npu, FCN8s(2, "tiny"))
+    check_network(bfloat16, npu, FCN8s(2, "tiny_d8"))
+    check_network(bfloat16, CPU, FCN8s(2, "tiny"))
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler is enabled")
+def test_the_log_says_that_float32_on_cuda_is_tf32_in_convolutions():
+    assert str(Precision(CUDA)) == "float32 (TF32 in convolutions)" and str(Precision(CPU)) == "float32"
+
+
+def forget_apex():
+    for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+        del sys.modules[name]

@@ -1,0 +1,57 @@
+"""run_1p.sh and run_8p.sh: the commands that they start, told by a stand-in for Python that prints its arguments."""
+import os
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Runs a script where the stand-in is the Python and `cuda` tells what PyTorch sees. -> the arguments it got"""
+    def start(script, *arguments, npu=False, cuda=False):
+        folder = tmp_path / f"bin{npu}{cuda}"
+        folder.mkdir(exist_ok=True)
+        names = {"python": f'case "$*" in *cuda.is_avail*) exit {int(not cuda)} ;; -c*) ;; *) echo "$@" ;; esac'}
+        for name, body in {**names, **({"npu-smi": ":"} if npu else {})}.items():
+            (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+            (folder / name).chmod(0o755)
+        done = subprocess.run(["bash", ROOT / script, *arguments], cwd=tmp_path, capture_output=True, text=True, env={
+            **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": "python"})
+        assert done.returncode == 0, done.stderr
+        return done.stdout.replace(f"{ROOT}/", "").split()
+    return start
+
+
+@pytest.mark.parametrize("there, flags, amp", (
+    ({}, (), False), ({"cuda": True}, (), True), ({"npu": True}, (), True), ({"cuda": True}, ("--device=cpu",), False),
+    ({"cuda": True}, ("--device", "cpu"), False), ({}, ("--device", "gpu"), True)))
+def test_run_1p_mixes_precision_where_the_device_is_no_cpu(command, there, flags, amp):
+    """train.py's --amp is O1, with loss scale 128 on NPU and a dynamic one on CUDA; the user's flags come last."""
+    data = ("--data-path", "data dir", *flags)
+    assert command("run_1p.sh", *data, **there) == ["train.py", *(["--amp"] if amp else []), *" ".join(data).split()]
+
+
+@pytest.mark.parametrize("there, flags, device, amp", (
+    ({}, (), "cuda", ["--amp"]), ({"npu": True}, (), "npu", ["--amp"]), ({}, ("--device=cpu",), "cpu", [])))
+def test_run_8p_mixes_precision_in_the_same_way(command, there, flags, device, amp):
+    data = ("--data_path=data", "--opt_level", "O0", *flags)
+    assert command("run_8p.sh", *data, **there) == [
+        "train.py", "--device", device, "--device_list", "0,1,2,3,4,5,6,7", *amp, *data]
+
+
+@pytest.mark.parametrize("flags, folder, cards", (
+    ((), "output/0,1,2,3,4,5,6,7/FCN", "0,1,2,3,4,5,6,7"), (("--work_dir=runs/a",), "runs/a", "0,1,2,3,4,5,6,7"),
+    (("--work-dir", "runs/a"), "runs/a", "0,1,2,3,4,5,6,7"), (("--device_list=0,1",), "output/0,1/FCN", "0,1")))
+def test_run_8p_val_scores_the_latest_checkpoint(command, flags, folder, cards):
+    passed_on = [flag for flag in flags if "list" in flag]
+    assert command("run_8p.sh", *flags, "--val", "--data_path", "data", "--split=val") == [
+        "evaluate.py", f"{folder}/ckpt/latest.pth", "--device", "cuda", "--device_list", cards, *passed_on,
+        "--data_path", "data", "--split=val"]
+
+
+def test_run_1p_without_data_shows_every_command(command):
+    words = command("run_1p.sh", "--device", "cpu", "--work-dir=w")
+    scripts = [word for i, word in enumerate(words) if words[i - 1] == "python" and word.endswith(".py")]
+    assert scripts == ["tests/drawn_voc.py", "convert_voc_aug.py", "train.py", "evaluate.py", "predict.py"]
+    assert words.count("w/ckpt/best.pth") == 4  # shown and run, each twice

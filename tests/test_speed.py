@@ -1,0 +1,105 @@
+"""What is for speed and changes no result: folded BN, images together, mixed precision, --compile; SyncBatchNorm."""
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, error_line, metrics, run, state, train, train_flags, untrained_checkpoint
+from PIL import Image
+from torch import nn
+
+import batchnorm
+import inference
+from fcn8s import FCN8s
+from voc import VOC
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CLASSES = [f"class {number}" for number in range(21)]
+
+
+def trained_like(backbone):
+    """A network in evaluation mode whose BN layers and scores are not those of the start."""
+    torch.manual_seed(0)
+    model = FCN8s(21, backbone).eval()
+    for layer in batchnorm.layers(model):
+        layer.running_var.uniform_(0.5, 2)
+        for values in (layer.running_mean, layer.weight.data, layer.bias.data):
+            values.normal_(0.5)
+    for name, parameter in model.named_parameters():
+        if "score_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("backbone", ("tiny", "tiny_d8", "resnet50"))
+def test_folded_bn_gives_the_same_logits(backbone):
+    model, images = trained_like(backbone), torch.randn(1, 3, 70, 90)
+    folded = batchnorm.fold(model)
+    assert batchnorm.layers(model) and not batchnorm.layers(folded)
+    with torch.no_grad():
+        expected, got = model(images)["out"], folded(images)["out"]
+    assert (got - expected).abs().max() <= 2e-5 * expected.abs().max() > 0
+
+
+def test_bn_is_not_folded_into_a_convolution_that_it_does_not_follow():
+    class BeforeItsConvolution(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.bn.running_mean.fill_(2)
+
+        def forward(self, images):
+            return {"out": self.conv(self.bn(images))}
+    model = BeforeItsConvolution().eval()
+    assert batchnorm.fold(model) is model
+
+
+def test_images_run_together_on_an_accelerator():
+    assert [inference.Protocol(None).batch_on(device) for device in (CPU, CUDA)] == [1, inference.TOGETHER]
+    assert inference.Protocol(None, batch_size=3).batch_on(CUDA) == 3
+
+
+def test_mixed_precision_is_for_evaluate_and_predict(drawn_voc, tmp_path):
+    checkpoint = untrained_checkpoint(tmp_path / "network.pth", CLASSES)
+    for flags, words in (((), "threads), float32\n"), (("--amp",), "threads), bfloat16\n")):
+        where = ("--device", "cpu", "--save_dir", tmp_path / f"pictures{len(flags)}", *flags)
+        assert words in run(ROOT / "predict.py", checkpoint, drawn_voc / "JPEGImages", *where).stdout
+        assert words in run(ROOT / "evaluate.py", checkpoint, "--data_path", drawn_voc, *where).stdout
+    name = f"{VOC(drawn_voc, 'val').ids[0]}.png"
+    plain, mixed = (np.asarray(Image.open(tmp_path / folder / name)) for folder in ("pictures0", "pictures1"))
+    assert 0 < (plain != mixed).mean() < 0.1
+
+
+def test_synchronised_bn_has_the_keys_of_bn_and_evaluates_alike():
+    model = trained_like("tiny")
+    plain, images = model.state_dict(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(images)["out"]
+        synchronised = batchnorm.synchronise(model)
+        assert {type(layer) for layer in batchnorm.layers(synchronised)} == {nn.SyncBatchNorm}
+        assert synchronised.state_dict().keys() == plain.keys() == FCN8s(21, "tiny").state_dict().keys()
+        assert torch.equal(synchronised(images)["out"], expected)
+    assert not batchnorm.layers(batchnorm.fold(synchronised))
+
+
+def test_synchronised_bn_is_for_several_cards(drawn_voc, tmp_path):
+    flags = (*train_flags(drawn_voc, tmp_path / "run"), "--sync_bn")
+    assert "--sync_bn: not on a CPU" in error_line(ROOT / "train.py", *flags)
+    npu = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/stand_ins/npu'}"}
+    assert "--sync_bn: not on one card" in error_line(ROOT / "train.py", *flags, "--device", "npu", env=npu)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_a_compiled_run_has_the_losses_of_the_plain_one(drawn_voc, tmp_path):
+    """Two ranks, resumed from a plain run; the checkpoint has the plain network's keys."""
+    flags = ("--max_iters", 3, "--checkpoint_interval", 1, "--device_list", "0,1")
+    train(drawn_voc, tmp_path / "plain", *flags)
+    output = train(drawn_voc, tmp_path / "compiled", *flags, "--compile", "--resume",
+                   tmp_path / "plain/ckpt/iter_1.pth").stdout
+    assert "float32, compiled\n" in output and "--compile False -> True" in output
+    plain, compiled = (metrics(tmp_path / name) for name in ("plain", "compiled"))
+    assert [line["loss"] for line in compiled if "loss" in line] == pytest.approx(
+        [line["loss"] for line in plain if "loss" in line][1:], rel=1e-5)
+    assert compiled[-1]["mIoU"] == pytest.approx(plain[-1]["mIoU"], abs=0.1)
+    keys = [state(tmp_path / name / "ckpt/latest.pth")["state_dict"].keys() for name in ("plain", "compiled")]
+    assert keys[0] == keys[1]

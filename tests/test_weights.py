@@ -1,0 +1,285 @@
+"""weights.py: the files it recognises, what it refuses, and weights to start from."""
+import argparse
+import dataclasses
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+
+import numpy
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, error_line, run, train_flags
+from torchvision.models._api import Weights, WeightsEnum
+
+from backbones import BACKBONES, published
+from errors import WeightsError
+from fcn8s import FCN8s
+from voc import CLASSES
+from weights import Checkpoint, load_imagenet
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    return {name: FCN8s(21, name) for name in ("resnet50_d8", "resnet50", "vgg16")}
+
+
+def start(model, content, path, at_once=False):
+    """Writes a file and starts a network from it, as train.py does. -> its origin, in words"""
+    torch.save(content, path)
+    return Checkpoint.read(path, model.backbone_name, at_once).start(model, CLASSES)
+
+
+def torchfcns(model):
+    """A state dict for a vgg16 under torchfcn's names; all 0, each tensor in the file a single value."""
+    return {key.split(".", 1)[1]: torch.zeros(()).expand(value.shape) for key, value in model.state_dict().items()}
+
+
+# ---- weights to start from
+
+def fake_imagenet(name):
+    """Weights of a torchvision classifier, as they are published: random here."""
+    torch.manual_seed(1)
+    return {"vgg16": torchvision.models.vgg16, "resnet50": torchvision.models.resnet50}[name](num_classes=10)
+
+
+def test_vggs_linear_layers_become_fc6_and_fc7(models, tmp_path):
+    """On a 224x224 image, the middle of fc7's map and torchvision's second linear layer see the same."""
+    peer, model = fake_imagenet("vgg16").eval(), models["vgg16"]
+    assert "ImageNet" in start(model, peer.state_dict(), tmp_path / "vgg16.pth")
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = peer.classifier[:5](peer.features(images).flatten(1))  # fc6, ReLU, dropout, fc7, ReLU
+        fc7 = model.eval().backbone(images)[-1]
+    torch.testing.assert_close(fc7[0, :, 3, 3], expected[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_classifier_of_another_kind_is_refused_by_its_keys(models, tmp_path):
+    state = fake_imagenet("resnet50").state_dict()
+    assert "ImageNet" in start(models["resnet50"], state, tmp_path / "resnet50.pth")
+    for name, key in (("resnet50_d8", "stem.0.weight is missing"), ("vgg16", "does not fit vgg16")):
+        with pytest.raises(WeightsError, match=key):
+            start(models[name], state, tmp_path / "resnet50.pth")
+
+
+class Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """torch.hub's folder is this test's own; a table entry that a test changes is put back."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+
+    def change(name, **fields):
+        monkeypatch.setitem(BACKBONES, name, dataclasses.replace(BACKBONES[name], **fields))
+    return change
+
+
+def save_with_hash(content, folder, name):
+    """Writes a file whose name ends in the start of its hash, as published ones are named. -> its path"""
+    torch.save(content, folder / "weights")
+    digest = hashlib.sha256((folder / "weights").read_bytes()).hexdigest()[:8]
+    return (folder / "weights").rename(folder / f"{name}-{digest}.pth")
+
+
+@pytest.mark.parametrize("name", ("resnet50_d8", "resnet50"))
+def test_imagenet_weights_are_downloaded_verified_and_loaded(models, name, tmp_path, hub, monkeypatch):
+    """The real download code, against a server of our own that has files of the published names."""
+    content = (fake_imagenet(name).state_dict() if name == "resnet50" else
+               {"state_dict": {key.removeprefix("backbone."): value for key, value in models[name].state_dict().items()
+                               if key.startswith("backbone.")}})
+    file = save_with_hash(content, tmp_path, name)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: Silent(*args, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+
+    def load(file_name):
+        url = f"{address}/{file_name}"
+        if name == "resnet50":
+            monkeypatch.setattr(torchvision.models, "ResNet50_Weights",
+                                WeightsEnum("Published", {"IMAGENET1K_V1": Weights(url, None, {})}))
+        else:
+            hub(name, imagenet=url)
+        model = FCN8s(21, name)
+        load_imagenet(model)
+        return model.backbone.layer3[1].conv2.weight
+
+    assert torch.equal(load(file.name), content.get("state_dict", content)["layer3.1.conv2.weight"])
+    wrong = f"{name}-00000000.pth"  # the hash in the name is not the file's
+    os.rename(file, tmp_path / wrong)
+    with pytest.raises(WeightsError, match="damaged"):
+        load(wrong)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(WeightsError, match="--pretrained none"):
+        load(f"again-{file.name}")
+
+
+def test_no_network_is_one_line_and_leaves_no_folder(drawn_voc, tmp_path):
+    done = run(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), "--backbone", "resnet50_d8",
+               "--pretrained", "imagenet", status=1,
+               env={"TORCH_HOME": str(tmp_path / "hub"), "https_proxy": "http://127.0.0.1:9"})
+    line, = [line for line in done.stderr.splitlines() if not line.startswith("Downloading: ")]  # PyTorch 2.6 adds that
+    assert "cannot be downloaded" in line and "--pretrained none" in line and not (tmp_path / "run").exists()
+
+
+def test_a_torchvision_that_does_not_match_torch_is_explained(drawn_voc, tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    line = error_line(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), "--backbone", "resnet50",
+                      "--pretrained", "imagenet", env={"PYTHONPATH": str(tmp_path)})
+    assert "torchvision::nms" in line and torch.__version__ in line
+
+
+# ---- files
+
+def test_another_number_of_classes_gives_its_backbone_and_says_so(tmp_path):
+    donor, model = FCN8s(19, "resnet50"), FCN8s(21, "resnet50")
+    head = model.decode_head.score_fr.weight.clone()
+    assert "19 classes" in start(model, {"state_dict": donor.state_dict(),
+                                         "meta": {"backbone": "resnet50", "num_classes": 19}}, tmp_path / "19.pth")
+    assert torch.equal(model.backbone.conv1.weight, donor.backbone.conv1.weight)
+    assert torch.equal(model.decode_head.score_fr.weight, head)
+
+
+def test_another_backbone_is_refused(models, tmp_path):
+    with pytest.raises(WeightsError, match="--backbone vgg16"):
+        start(models["resnet50"], {"state_dict": {"backbone.conv1_1.weight": torch.ones(1)},
+                                   "meta": {"backbone": "vgg16", "num_classes": 21}}, tmp_path / "vgg.pth")
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_file_that_wants_to_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "meta": Payload()}, "evil.pth")
+    with pytest.raises(WeightsError, match="refused.*could run code") as caught:
+        Checkpoint.read("evil.pth")
+    assert not (tmp_path / "pwned").exists() and "\n" not in str(caught.value)
+
+
+def made_plain(content, monkeypatch, tmp_path):
+    """Reads a file that is refused, and runs the command that the error names. -> the plain file's name"""
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "a.pth")
+    with pytest.raises(WeightsError, match="refused") as caught:
+        Checkpoint.read("a.pth")
+    command = str(caught.value).split("make a plain one: ")[1]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    return "a.pth.plain.pth"
+
+
+def test_the_command_that_an_error_names_makes_a_plain_file(models, tmp_path, monkeypatch):
+    """mmengine's checkpoints hold objects of its own, beside the weights."""
+    plain = made_plain({"state_dict": models["resnet50_d8"].state_dict(), "message_hub": argparse.Namespace()},
+                       monkeypatch, tmp_path)
+    assert "mmsegmentation" in Checkpoint.read(plain, "resnet50_d8").kind
+
+
+def test_the_plain_file_of_torchfcns_trainer_keeps_what_tells_its_form(models, tmp_path, monkeypatch):
+    """Its checkpoints hold a NumPy number, and the class's name under `arch`."""
+    plain = made_plain({"epoch": 1, "arch": "FCN8sAtOnce", "best_mean_iu": numpy.float64(0.5),
+                        "model_state_dict": torchfcns(models["vgg16"])}, monkeypatch, tmp_path)
+    assert Checkpoint.read(plain).form == "at_once"
+
+
+def test_published_models_go_by_their_name(models, tmp_path, hub):
+    """From a folder of ours that has a file of that kind: hash in the name, mmsegmentation's keys, its meta."""
+    assert {name: url[-12:-4] for name, (_, url) in published().items()} == {
+        "resnet50_d8_voc": "52dc5306", "resnet101_d8_voc": "0bb4e798"}
+    file = save_with_hash({"meta": {"CLASSES": ("a",), "PALETTE": [[0, 0, 0]]},
+                           "state_dict": models["resnet50_d8"].state_dict()}, tmp_path, "fcn_r50-d8_voc")
+    hub("resnet50_d8", voc=f"file://{file}")
+    checkpoint = Checkpoint.read("resnet50_d8_voc")
+    model = checkpoint.network()
+    assert (model.backbone_name, model.num_classes) == ("resnet50_d8", 21)
+    assert (checkpoint.source, checkpoint.kind) == ("resnet50_d8_voc", "a checkpoint of mmsegmentation")
+
+
+def test_weights_of_the_original_release_switch_the_form(models, tmp_path):
+    """torchfcn's names; at once is told by its trainer's `arch`, by the file's name, or by the flag."""
+    model = FCN8s(21, "vgg16").eval()
+    state = torchfcns(models["vgg16"])
+    trained = {"model_state_dict": state, "arch": "FCN8sAtOnce"}
+    for name, content, flag, form in (("fcn8s_from_caffe.pth", state, False, "padded"),
+                                      ("fcn8s_from_caffe.pth", state, True, "at_once"),
+                                      ("trained.pth", trained, False, "at_once"),
+                                      ("fcn8s-atonce_from_caffe.pth", state, False, "at_once")):
+        start(model, content, tmp_path / name, flag)
+        assert model.form == form
+        with torch.no_grad():
+            assert model(torch.randn(1, 3, 20, 33))["out"].shape == (1, 21, 20, 33)
+    with pytest.raises(WeightsError, match="--backbone vgg16"):
+        Checkpoint.read(tmp_path / "trained.pth", "resnet50")
+
+
+def test_fine_tuning_keeps_the_form_and_evaluate_uses_it(models, drawn_voc, tmp_path):
+    torch.save(torchfcns(models["vgg16"]), tmp_path / "fcn8s_from_caffe.pth")
+    own_size = run(ROOT / "evaluate.py", tmp_path / "fcn8s_from_caffe.pth", "--backbone", "vgg16", "--data_path",
+                   drawn_voc, "--device", "cpu", "--max_images", 2).stdout
+    assert "padded form" in own_size and "of their own size" in own_size
+    run(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), "--backbone", "vgg16", "--max_iters", 1,
+        "--pretrained", tmp_path / "fcn8s_from_caffe.pth")
+    checkpoint = torch.load(tmp_path / "run/ckpt/latest.pth", weights_only=True)
+    assert checkpoint["meta"]["form"] == "padded"
+
+
+def test_an_incomplete_network_is_not_scored(models, tmp_path):
+    model = models["resnet50_d8"]
+    state = model.state_dict()
+    torch.save({"state_dict": {key: value for key, value in state.items() if "conv_cat" not in key}},
+               tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match="decode_head.conv_cat.conv.weight is missing"):
+        Checkpoint.read(tmp_path / "a.pth", "resnet50_d8").network()
+    with pytest.raises(WeightsError, match="add --backbone"):
+        Checkpoint.read(tmp_path / "a.pth")
+    backbone = {key: value for key, value in state.items() if key.startswith("backbone.")}
+    assert "without heads" in start(model, {"state_dict": backbone}, tmp_path / "b.pth")
+    no_auxiliary = {key: value for key, value in state.items() if not key.startswith("aux")}
+    assert "auxiliary head starts afresh" in start(model, {"state_dict": no_auxiliary}, tmp_path / "c.pth")
+    assert Checkpoint.read(tmp_path / "c.pth", "resnet50_d8").network().auxiliary_head is None
+
+
+def test_half_a_head_is_an_error_that_names_the_key(models, tmp_path):
+    model, vgg = models["resnet50_d8"], models["vgg16"]
+    for spoiled, words in (({key: value for key, value in model.state_dict().items()
+                             if key != "decode_head.conv_seg.weight"}, "decode_head.conv_seg.weight is missing"),
+                           ({**FCN8s(19, "resnet50_d8").state_dict(), "decode_head.bogus": torch.ones(1)},
+                            "decode_head.bogus is unexpected")):
+        with pytest.raises(WeightsError, match=words):
+            start(model, {"state_dict": spoiled}, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match="which form"):
+        start(vgg, {"state_dict": {"backbone.conv1_1.weight": torch.ones(1)}}, tmp_path / "a.pth")
+    theirs = torchfcns(vgg)
+    with pytest.raises(WeightsError, match="decode_head.score_fr.weight is missing"):
+        start(vgg, {key: value for key, value in theirs.items() if key != "score_fr.weight"}, tmp_path / "a.pth")
+    origin = start(vgg, {key: value for key, value in theirs.items() if key.startswith(("conv", "fc"))},
+                   tmp_path / "a.pth")
+    assert "without heads" in origin and vgg.form == "padded"
+
+
+def test_a_truncated_or_foreign_file_is_named(models, tmp_path):
+    torch.save(models["resnet50"].state_dict(), tmp_path / "whole.pth")
+    content = (tmp_path / "whole.pth").read_bytes()
+    for name, part in (("half", content[:len(content) // 2]), ("start", content[:100]), ("empty", b""),
+                       ("text", b"hello\n")):
+        (tmp_path / name).write_bytes(part)
+        with pytest.raises(WeightsError, match=name) as caught:
+            Checkpoint.read(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_without_a_trained_network_are_not_scored(drawn_voc, tmp_path):
+    """Said before the list is read."""
+    torch.save(fake_imagenet("resnet50").state_dict(), tmp_path / "imagenet.pth")
+    line = error_line(ROOT / "evaluate.py", tmp_path / "imagenet.pth", "--backbone", "resnet50", "--data_path",
+                      drawn_voc, "--device", "cpu")
+    assert "holds no trained network" in line
