@@ -3,11 +3,14 @@
 It imports nothing heavy, so that `--help` and usage errors answer at once.
 """
 import argparse
+import atexit
+import contextlib
 import math
 import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from errors import UserError
@@ -114,22 +117,45 @@ def run(main, prog):
         stream.reconfigure(errors="backslashreplace")  # class names in any script, under LC_ALL=C, too
     try:
         status = main()
-    except UserError as error:
-        status = f"{prog}: error: {error}"
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        status = f"{prog}: error: {where}{error.strerror or error}"
-    except ModuleNotFoundError as error:
-        if error.name not in REQUIREMENTS:
-            raise
-        status = (f"{prog}: error: this Python lacks {error.name}; pip install -r requirements.txt, or use "
-                  ".venv/bin/python, if run_1p.sh made it")
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         status = INTERRUPTED
-    finally:
-        kill_children()
-    sys.exit(status)
+    except SystemExit as ending:
+        status = ending.code
+    except Exception as error:
+        status = message_of(error, prog)
+    kill_children()
+    leave(status)
+
+
+def message_of(error, prog):
+    """What the user reads of an exception: one line where they can mend it, else the traceback."""
+    if isinstance(error, UserError):
+        return f"{prog}: error: {error}"
+    if isinstance(error, OSError):
+        return f"{prog}: error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
+    if isinstance(error, ModuleNotFoundError) and error.name in REQUIREMENTS:
+        return (f"{prog}: error: this Python lacks {error.name}; pip install -r requirements.txt, or use "
+                ".venv/bin/python, if run_1p.sh made it")
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def leave(status):
+    """Exits with a status as sys.exit does, but without Python's finalization where PyTorch is loaded.
+
+    A thread of gloo or of a loader that takes the GIL during the finalization is ended by Python, inside a C++
+    destructor, which aborts the process (PyTorch's issues 38228 and 190489).
+    """
+    if "torch" not in sys.modules:
+        sys.exit(status)
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status or 0)
 
 
 def kill_children():

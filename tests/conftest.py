@@ -3,6 +3,7 @@ import json
 import os
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -130,6 +131,12 @@ def left_of(process, work_dir):
         if state != "Z" and (int(session) == process.pid or launched):
             left.append(int(folder.name))
     return left
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def children_of(pid):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, finish, left_of, start, train, wait_for_iteration
+from conftest import ROOT, error_line, finish, free_port, left_of, start, train, wait_for_iteration
 
 import loader
 from errors import RunError
@@ -90,9 +90,7 @@ def test_a_stop_is_heard_while_the_loader_blocks(flags, number, drawn_voc, tmp_p
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
 def test_a_rank_that_waits_for_the_others_ends_on_a_signal(number, drawn_voc, tmp_path):
     """They never come. launch.py's folder of notes is there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = start(drawn_voc, tmp_path / "run", env={
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "FCN8S_NOTES": str(tmp_path)})
@@ -120,3 +118,46 @@ def test_only_a_wait_after_a_signal_is_limited():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+ENDS_LATE = """
+import atexit, os, sys, time
+
+class AtTheEnd:
+    def __del__(self):  # in Python's finalization: lets gloo's thread have the GIL
+        os.waitpid(other, 0)
+        time.sleep(1)
+
+def fail_the_operation():  # whose tensor gloo's thread then drops, for which it waits for the GIL
+    sys.setswitchinterval(1000)
+    os.close(writer)
+    sum(range(3 * 10 ** 7))
+
+atexit.register(fail_the_operation)  # before PyTorch's, so that it comes last
+import torch, torch.distributed
+from cli import run
+from errors import RunError
+
+reader, writer = os.pipe()
+other = os.fork()
+torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=int(other == 0),
+                                     world_size=2)
+if other == 0:
+    os.close(writer)
+    os.read(reader, 1)
+    os._exit(0)
+os.close(reader)
+kept = AtTheEnd()
+
+def main():
+    torch.distributed.all_reduce(torch.zeros(2), async_op=True)
+    raise RunError("a fault")
+
+run(main, "command")
+"""
+
+
+def test_a_thread_that_drops_a_tensor_late_aborts_no_process(tmp_path):
+    """Python ends a thread that takes the GIL in its finalization, which inside PyTorch's code is an abort."""
+    (tmp_path / "ends_late.py").write_text(ENDS_LATE)
+    assert error_line(tmp_path / "ends_late.py", free_port(), real=True) == "command: error: a fault"

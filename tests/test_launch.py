@@ -1,9 +1,8 @@
 """Variables that a scheduler sets or leaves empty, machines of their own, and Windows."""
 import shutil
-import socket
 
 import pytest
-from conftest import ROOT, assert_same_run, error_line, finish, run, start, train, train_flags
+from conftest import ROOT, assert_same_run, error_line, finish, free_port, run, start, train, train_flags
 
 TRAIN = ROOT / "train.py"
 WINDOWS = """
@@ -39,9 +38,7 @@ def test_an_address_that_is_empty_starts_no_run(drawn_voc, tmp_path):
 
 def test_two_machines_read_their_own_data_folders(drawn_voc, tmp_path):
     """Equal ones make one run; of others, whose lists differ, the machine says so."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     copy = shutil.copytree(drawn_voc.parent, tmp_path / "VOCdevkit") / "VOC2012"
     train(drawn_voc, tmp_path / "twin", "--device_list", "0,1")
 

@@ -28,6 +28,16 @@ class TinyD8(Tiny):
         self.stage16, self.stage32 = conv_bn_relu(32, 32, stride=1), conv_bn_relu(32, 48, stride=1)
 
 
+class TinyPlain(Tiny):
+    """Without BN, whose statistics are each rank's own."""
+
+    def __init__(self):
+        super().__init__()
+        for name, module in list(self.named_modules()):
+            if isinstance(module, nn.BatchNorm2d):
+                self.set_submodule(name, nn.Identity())
+
+
 def conv_bn_relu(channels, width, stride=2):
     return nn.Sequential(nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width),
                          nn.ReLU(inplace=True))

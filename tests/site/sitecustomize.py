@@ -6,3 +6,4 @@ from backbones import BACKBONES, Backbone
 
 BACKBONES["tiny"] = Backbone("tiny_network.Tiny")
 BACKBONES["tiny_d8"] = Backbone("tiny_network.TinyD8")
+BACKBONES["tiny_plain"] = Backbone("tiny_network.TinyPlain")
