@@ -6,8 +6,8 @@ of train.py it writes the summary FCN_bs<batch>_<cards>p_val.log.
 from pathlib import Path
 
 from cli import Parser, file_path, not_empty, run, whole_number
-from flags import MAX_BATCH, add_network_flags, add_protocol_flags, check_protocol, from_args, protocol_of
-from launch import DEFAULT_TIMEOUT, add_device_flags, check_devices, launched
+from flags import MAX_BATCH, add_network_flags, add_protocol_flags, check_protocol, from_args
+from launch import Launch, add_device_flags, check_devices, is_launcher, launch, visible_devices
 
 
 def parse_args(argv=None):
@@ -47,17 +47,17 @@ def parse_args(argv=None):
         parser.error("--overlay has no effect without --save_dir")
     if args.json and args.json.resolve() == Path(args.checkpoint).resolve():
         parser.error(f"--json {args.json} would overwrite the checkpoint; name another file")
-    args.timeout = args.timeout or DEFAULT_TIMEOUT
     return args
 
 
 def main():
     args = parse_args()
-    status = launched(args, __file__)
-    if status is not None:
-        return status
+    args.device_list = visible_devices(args.device, args.device_list)
+    if is_launcher(args.device_list):
+        return launch(from_args(Launch, args), __file__)
+    from inference import Protocol
     from scoring import Settings, score
-    return score(from_args(Settings, args), protocol_of(args))
+    return score(from_args(Settings, args), from_args(Protocol, args))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def add_protocol_flags(parser):
 
 
 def check_protocol(parser, args):
-    """Values that make no sense together are a usage error."""
+    """Values that make no sense together are a usage error. Several values of a flag become a tuple."""
     if args.scale and args.scale[0] < args.scale[1]:
         parser.error(f"--scale {args.scale[0]} {args.scale[1]}: the long side comes first")
     if args.slide and args.slide[0] < args.slide[1]:
@@ -52,10 +52,5 @@ def check_protocol(parser, args):
                      "left out; CROP comes first")
     if args.slide and args.pad_to:
         parser.error("--pad_to and --slide do not go together: a window is of one shape already")
-
-
-def protocol_of(args):
-    """The fields of inference.Protocol that the flags give."""
-    return {"scale": args.scale and tuple(args.scale), "ratios": tuple(args.ratios), "flip": args.flip,
-            "pad_to": args.pad_to, "slide": args.slide and tuple(args.slide), "amp": args.amp,
-            "batch_size": getattr(args, "batch_size", None)}
+    for flag in ("scale", "ratios", "slide"):
+        setattr(args, flag, getattr(args, flag) and tuple(getattr(args, flag)))

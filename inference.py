@@ -40,13 +40,17 @@ class Protocol:
     batch_size: images of one shape that run together; None: 1 on a CPU, else TOGETHER
     amp: mixed precision, in AMP_DTYPES of the device; else float32
     """
-    scale: tuple | None
+    scale: tuple | None = None
     ratios: tuple = (1.0,)
     flip: bool = False
     pad_to: int | None = None
     slide: tuple | None = None
     batch_size: int | None = None
     amp: bool = False
+
+    def with_scale_of(self, checkpoint):
+        """The same; a scale of None becomes the checkpoint's."""
+        return dataclasses.replace(self, scale=self.scale or checkpoint.scale())
 
     def batch_on(self, device):
         return self.batch_size or (1 if device.type == "cpu" else TOGETHER)
@@ -82,15 +86,16 @@ class Predictor:
     """A trained network that labels photographs.
 
     checkpoint: a file, or the name of a published network; backbone, at_once: see weights.Checkpoint.read
-    device: see device.choose_device; scale: (long, short); None: the checkpoint's; how: more of Protocol's fields
+    device: see device.choose_device; protocol: a Protocol; a scale of None is the checkpoint's
     After the constructor, `names` are the classes' and `colours` uint8 [256, 3].
     """
 
-    def __init__(self, checkpoint, device="auto", device_id=None, backbone=None, at_once=False, scale=None, **how):
+    def __init__(self, checkpoint, device="auto", device_id=None, backbone=None, at_once=False,
+                 protocol=Protocol()):
         self.device = choose_device(device, device_id)
         self.checkpoint = Checkpoint.read(checkpoint, backbone, at_once)
         self.names, self.colours = self.checkpoint.names(), self.checkpoint.colours()
-        self.protocol = Protocol(scale or self.checkpoint.scale(), **how)
+        self.protocol = protocol.with_scale_of(self.checkpoint)
         self.model = fold(place(self.checkpoint.network(), self.device).eval())
 
     def __call__(self, photograph):

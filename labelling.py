@@ -7,15 +7,17 @@ from PIL import Image
 from tqdm import tqdm
 
 import pictures
-from device import describe
+from device import describe, memory_errors
 from errors import DataError, UserError
 from files import check_new_file, check_no_overlap, check_writable, whole_file
 from inference import Predictor
 from voc import heic_remedy, read_image
 
 
-def label(photographs, save_dir, overlay, csv_file, device, **network):
-    """Labels photographs. photographs: files and folders; network: Predictor's arguments. -> the exit status
+def label(photographs, save_dir, overlay, csv_file, checkpoint, device, **network):
+    """Labels photographs. photographs: files and folders; checkpoint, device, network: as Predictor takes them
+
+    -> the exit status
 
     A file that cannot be labelled is an error line and status 1; the others are done.
     """
@@ -25,9 +27,9 @@ def label(photographs, save_dir, overlay, csv_file, device, **network):
     check_no_overlap([*every, *([csv_file] if csv_file else [])], written, f"--save_dir {save_dir}")
     check_writable(save_dir)
     if csv_file:
-        check_no_overlap([*every, network["checkpoint"]], [csv_file], f"--csv {csv_file}")
+        check_no_overlap([*every, checkpoint], [csv_file], f"--csv {csv_file}")
         check_new_file(csv_file)
-    predictor = Predictor(device=device, **network)
+    predictor = Predictor(checkpoint, device, **network)
     print(f"{predictor.checkpoint.backbone} from {predictor.checkpoint.source}: {predictor.checkpoint.kind}\n"
           f"{len(found)} photographs, {predictor.protocol}, on {describe(predictor.device, device)}, "
           f"{predictor.protocol.precision(predictor.device)}")
@@ -36,7 +38,8 @@ def label(photographs, save_dir, overlay, csv_file, device, **network):
     shares = {}
     for path, name in tqdm(found.items(), "labelling", unit="photograph", leave=False, disable=None):
         try:
-            shares[path] = label_one(predictor, path, targets(save_dir, name, overlay))
+            with memory_errors(f"{path} needs a smaller --scale, or windows by --slide"):
+                shares[path] = label_one(predictor, path, targets(save_dir, name, overlay))
         except (UserError, OSError) as error:
             problems.append(str(error))
     if csv_file:

@@ -3,6 +3,7 @@
 It imports PyTorch only to launch, so that usage errors answer at once.
 """
 import argparse
+import dataclasses
 import logging
 import os
 import signal
@@ -106,24 +107,34 @@ def check_devices(parser, args):
         parser.error(f"--node_rank {args.node_rank}: the last of {nodes} is {nodes - 1}; --nnodes says how many")
     if nodes > 1 and None in (args.addr, args.node_rank):
         parser.error(f"--nnodes {nodes} takes --node_rank and --master_addr, too")
+    args.timeout = args.timeout or DEFAULT_TIMEOUT
 
 
-def launched(args, script):
-    """Launches `script` on the devices of --device_list, if there are and torchrun did not start this process.
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """On which devices and machines a command runs. The fields are the flags of these names."""
+    device_list: list
+    nnodes: int | None
+    node_rank: int | None
+    addr: str | None
+    master_port: int | None
+    local_addr: str | None
+    max_restarts: int | None
+    timeout: int
 
-    -> the exit status, or None where this process is to do the work itself
-    """
-    if not args.device_list:
-        return None
-    args.device_list = visible_devices(args.device, args.device_list)
-    return None if under_torchrun(strict=False) else launch(args, script)
+
+def is_launcher(devices):
+    """Whether this process is to start one for each of the devices, as torchrun has not done it."""
+    return devices is not None and not under_torchrun(strict=False)
 
 
 def visible_devices(device, devices):
-    """The devices to use, one process each; this and later processes see only these, counted from 0.
+    """The devices to use, one process each; this and later processes see only these, counted from 0. None stays None.
 
     Where the environment names some already, those win: a scheduler or a user who sets that knows the machine.
     """
+    if devices is None:
+        return None
     kinds = [kind for kind in VISIBLE if device in ("auto", kind) or (device, kind) == ("gpu", "cuda")]
     for variable in (VISIBLE[kind] for kind in kinds):
         by_hand = os.environ.get(variable)
@@ -137,8 +148,11 @@ def visible_devices(device, devices):
     return devices
 
 
-def launch(args, script):
-    """Runs `script` under torchrun, a process for each device, with the flags of this process. -> the exit status"""
+def launch(how, script):
+    """Runs `script` under torchrun, a process for each device, with the flags of this process. how: a Launch
+
+    -> the exit status
+    """
     with_own_level = "TORCH_CPP_LOG_LEVEL" in os.environ
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else each failed try to connect prints a C++ stack
     from torch.distributed import DistError, run  # takes seconds, so not before the flags are checked
@@ -150,11 +164,11 @@ def launch(args, script):
     logging.disable(logging.CRITICAL)  # torchrun's own lines; the ranks say what is wrong
     prog = Path(script).name
     with tempfile.TemporaryDirectory(prefix="fcn8s-") as notes:
-        set_environment(args, notes)
+        set_environment(how, notes)
         flags = add_launch_flags(Parser(add_help=False)).parse_known_args()[1]
         try:
-            run.main([*map(str, meeting(args)), "--nproc_per_node", str(len(args.device_list)), "--max_restarts",
-                      str(args.max_restarts or 0), script, *flags])
+            run.main([*map(str, meeting(how)), "--nproc_per_node", str(len(how.device_list)), "--max_restarts",
+                      str(how.max_restarts or 0), script, *flags])
         except ChildFailedError as error:
             return failed_status(error, prog)
         except SignalException as error:
@@ -162,43 +176,42 @@ def launch(args, script):
         except RuntimeError as error:  # a port in use, a machine that does not answer or does not come
             if not isinstance(error, DistError) and "EADDRINUSE" not in str(error):
                 raise
-            print(f"{prog}: error: {meeting_problem(args, error)}", file=sys.stderr)
+            print(f"{prog}: error: {meeting_problem(how, error)}", file=sys.stderr)
             return 1
         stopped = Path(notes, STOPPED)
         return 128 + int(stopped.read_text()) if stopped.is_file() else 0
 
 
-def set_environment(args, notes):
+def set_environment(how, notes):
     """What torchrun and the processes that it starts read from the environment."""
     os.environ[NOTES], os.environ[LAUNCHER] = notes, str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_TIME))  # old PyTorch always waits 30 s
     # torchrun would set 1; these are the cores that each process has, and it then warns about nothing.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // len(args.device_list))))
-    if args.local_addr:
-        os.environ.setdefault("HCCL_IF_IP", args.local_addr)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // len(how.device_list))))
+    if how.local_addr:
+        os.environ.setdefault("HCCL_IF_IP", how.local_addr)
 
 
-def meeting(args):
+def meeting(how):
     """torchrun's flags about where the machines meet."""
-    if not (args.addr or args.master_port):
+    if not (how.addr or how.master_port):
         return ["--standalone"]
-    timeout = args.timeout or DEFAULT_TIMEOUT
     # A machine tries to reach machine 0 twice, each time for the whole of torchrun's timeout.
-    timeout = max(1, timeout // 2) if args.node_rank else timeout
-    flags = ["--nnodes", args.nnodes or 1, "--node_rank", args.node_rank or 0, "--master_addr",
-             args.addr or "127.0.0.1", "--master_port", args.master_port or DEFAULT_PORT,
+    timeout = max(1, how.timeout // 2) if how.node_rank else how.timeout
+    flags = ["--nnodes", how.nnodes or 1, "--node_rank", how.node_rank or 0, "--master_addr",
+             how.addr or "127.0.0.1", "--master_port", how.master_port or DEFAULT_PORT,
              "--rdzv_conf", f"timeout={timeout}"]
-    return flags + (["--local_addr", args.local_addr] if args.local_addr else [])
+    return flags + (["--local_addr", how.local_addr] if how.local_addr else [])
 
 
-def meeting_problem(args, error):
+def meeting_problem(how, error):
     """Why torchrun could not start the processes, in words. PyTorch 2.6 raises a bare RuntimeError for a port in use,
     later ones a DistError with the same text; only that tells it."""
-    port = args.master_port or DEFAULT_PORT
+    port = how.master_port or DEFAULT_PORT
     if "EADDRINUSE" in str(error):
         return f"port {port} is in use on this machine; name another by --master_port"
-    return (f"could not meet the other machines at {args.addr or '127.0.0.1'}:{port} within "
-            f"{args.timeout or DEFAULT_TIMEOUT} s, the --timeout ({first_line(error)})")
+    return (f"could not meet the other machines at {how.addr or '127.0.0.1'}:{port} within "
+            f"{how.timeout} s, the --timeout ({first_line(error)})")
 
 
 def failed_status(error, prog):

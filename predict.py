@@ -1,7 +1,7 @@
 """Labels photographs with a trained network: `python predict.py CHECKPOINT my_photos --save_dir labelled --overlay`."""
 
 from cli import Parser, file_path, run
-from flags import add_network_flags, add_protocol_flags, check_protocol, protocol_of
+from flags import add_network_flags, add_protocol_flags, check_protocol, from_args
 from launch import add_one_device_flags
 
 
@@ -27,9 +27,11 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    from inference import Protocol
     from labelling import label
-    return label(args.photographs, args.save_dir, args.overlay, args.csv, args.device, checkpoint=args.checkpoint,
-                 device_id=args.device_id, backbone=args.backbone, at_once=args.at_once, **protocol_of(args))
+    return label(args.photographs, args.save_dir, args.overlay, args.csv, args.checkpoint, args.device,
+                 device_id=args.device_id, backbone=args.backbone, at_once=args.at_once,
+                 protocol=from_args(Protocol, args))
 
 
 if __name__ == "__main__":

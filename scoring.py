@@ -10,7 +10,7 @@ from data import open_split
 from device import choose_device, describe, memory_errors, place, synchronize
 from errors import RunError, WeightsError
 from files import check_new_file, check_no_overlap, check_writable, write_whole
-from inference import Protocol, evaluate, for_json, format_table, scores_of, summary
+from inference import evaluate, for_json, format_table, scores_of, summary
 from loader import default_workers
 from processes import Processes
 from record import write_summary
@@ -39,22 +39,22 @@ class Settings:
     json: Path | None
 
 
-def score(settings, how):
-    """Scores a checkpoint. how: the fields of Protocol; a scale of None is the checkpoint's. -> the exit status"""
+def score(settings, protocol):
+    """Scores a checkpoint. protocol: a Protocol; a scale of None is the checkpoint's. -> the exit status"""
     processes = Processes()
     with processes.failing_together(), memory_errors("lower --batch_size or --scale, or take windows by --slide"):
-        run(settings, how, processes)
+        run(settings, protocol, processes)
         processes.leave()
     return 0
 
 
-def run(settings, how, processes):
+def run(settings, protocol, processes):
     started = time.perf_counter()
     device = choose_device(settings.device, settings.device_id)
     checkpoint = Checkpoint.read(settings.checkpoint, settings.backbone, settings.at_once)
     model = checkpoint.network()
     names = class_names(settings, checkpoint)
-    protocol = Protocol(**{**how, "scale": how["scale"] or checkpoint.scale()})
+    protocol = protocol.with_scale_of(checkpoint)
     data = open_split(settings.data_path, settings.split, checkpoint.meta.get("lists"))
     write = picture_writer(settings, data, names, checkpoint.colours()) if settings.save_dir else None
     if settings.json is not None:

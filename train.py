@@ -9,7 +9,7 @@ import importlib.util
 from backbones import BACKBONES, DEFAULT_BACKBONE
 from cli import Parser, class_weights, non_negative, not_empty, positive, run, share, whole_number
 from flags import MAX_BATCH, MAX_SIDE, WARM_UP_ITERS, from_args
-from launch import DEFAULT_TIMEOUT, add_device_flags, check_devices, launched
+from launch import Launch, add_device_flags, check_devices, is_launcher, launch, visible_devices
 
 MAX_LOSS_SCALE = 2 ** 24  # where apex's dynamic one stops, too
 
@@ -140,7 +140,7 @@ def check_usage(parser, args):
                          f"measure; it takes more than {WARM_UP_ITERS}")
     if args.at_once and args.pretrained in ("imagenet", "none"):
         parser.error(f"--at_once has no effect with --pretrained {args.pretrained}")
-    args.scale, args.timeout = tuple(args.scale), args.timeout or DEFAULT_TIMEOUT
+    args.scale = tuple(args.scale)
 
 
 def loss_scale(text):
@@ -149,9 +149,9 @@ def loss_scale(text):
 
 def main():
     args = parse_args()
-    status = launched(args, __file__)
-    if status is not None:
-        return status
+    args.device_list = visible_devices(args.device, args.device_list)
+    if is_launcher(args.device_list):
+        return launch(from_args(Launch, args), __file__)
     from trainer import Recipe
     from training import Settings, train
     return train(from_args(Recipe, args), from_args(Settings, args))

@@ -192,7 +192,7 @@ def test_a_photograph_is_decoded_once(checkpoint, trip, tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(labelling, "read_image", lambda path: (read.append(path), read_image(path))[1])
     monkeypatch.setattr("inference.read_image", None)
-    assert labelling.label([trip], tmp_path / "out", True, tmp_path / "shares.csv", "cpu", checkpoint=checkpoint) == 0
+    assert labelling.label([trip], tmp_path / "out", True, tmp_path / "shares.csv", checkpoint, "cpu") == 0
     assert sorted(read) == sorted(path for path in trip.rglob("*") if path.is_file()) and len(read) == 4
 
 
