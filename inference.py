@@ -1,10 +1,9 @@
-"""From an image to its class map; from class maps and labels to scores.
+"""From an image to its class map, and from a data set to its confusion matrix.
 
 Shapes: an image is uint8 [3, H, W], RGB; a label or class map uint8 [H, W]; logits float [C, h, w]; C classes.
 """
 import dataclasses
 import math
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,12 @@ from device import choose_device, convolutions, pins_memory, place
 from errors import DataError
 from loader import Batches, stack_images
 from precision import AMP_DTYPES, name_of
-from voc import IGNORE, read_image, to_rgb
+from scores import confusion_matrix
+from voc import read_image, to_rgb
 from weights import Checkpoint
 
 STRIP_VALUES = 2 ** 26  # logits that are enlarged at once: 256 MiB of float32
 TOGETHER = 8  # images that run at once on an accelerator, which a single one does not fill
-MEANS = ("aAcc", "mIoU", "mAcc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +86,18 @@ class Predictor:
 
     checkpoint: a file, or the name of a published network; backbone, at_once: see weights.Checkpoint.read
     device: see device.choose_device; protocol: a Protocol; a scale of None is the checkpoint's
-    After the constructor, `names` are the classes' and `colours` uint8 [256, 3].
+    After the constructor, `names` are the classes' (numbers where the file has none) and `colours` uint8 [256, 3].
     """
 
     def __init__(self, checkpoint, device="auto", device_id=None, backbone=None, at_once=False,
                  protocol=Protocol()):
         self.device = choose_device(device, device_id)
         self.checkpoint = Checkpoint.read(checkpoint, backbone, at_once)
-        self.names, self.colours = self.checkpoint.names(), self.checkpoint.colours()
+        model = self.checkpoint.network()
+        self.names = self.checkpoint.names() or tuple(f"class {number}" for number in range(model.num_classes))
+        self.colours = self.checkpoint.colours()
         self.protocol = protocol.with_scale_of(self.checkpoint)
-        self.model = fold(place(self.checkpoint.network(), self.device).eval())
+        self.model = fold(place(model, self.device).eval())
 
     def __call__(self, photograph):
         """photograph: a file, a PIL image (both are turned upright, EXIF), or uint8 [H, W, 3] RGB
@@ -255,65 +256,3 @@ def enlarge_rows(logits, rows, size):
     lower = (upper + 1).clamp(max=height - 1)
     scores = torch.lerp(logits[:, upper], logits[:, lower], (source - upper)[:, None].to(logits.dtype))
     return F.interpolate(scores[None], (len(rows), size[1]), mode="bilinear", align_corners=False)[0]
-
-
-def confusion_matrix(label, prediction, num_classes):
-    """uint8 tensors [H, W] -> int64 [C, C], row: the label's class, column: the predicted one, without IGNORE."""
-    pairs, length = label.int().mul_(num_classes).add_(prediction).ravel(), (IGNORE + 1) * num_classes
-    if label.device.type == "cpu":  # it takes 4-byte numbers as they are, and is then twice as fast as NumPy's
-        counts = torch.bincount(pairs, minlength=length)
-    else:  # bincount waits for the device, to learn the largest number
-        counts = torch.zeros(length, dtype=torch.int64, device=label.device)
-        counts.scatter_add_(0, pairs.long(), torch.ones_like(pairs, dtype=torch.int64))
-    return counts.reshape(-1, num_classes)[:num_classes]
-
-
-def scores_of(confusion):
-    """The metrics of a confusion matrix, in per cent; a class that is 0/0 is NaN and left out of the mean.
-
-    -> dict: aAcc, correct / labelled pixels; Acc [C], correct / the label's pixels, and its mean mAcc; IoU [C],
-    correct / (label's + predicted - correct pixels), and its mean mIoU (Long et al., section 4)
-    """
-    correct, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    with np.errstate(invalid="ignore"):
-        accuracy = 100 * correct / labelled
-        iou = 100 * correct / (labelled + predicted - correct)
-        overall = 100 * correct.sum() / labelled.sum()
-    return {"aAcc": float(overall), "mIoU": mean_of(iou), "mAcc": mean_of(accuracy), "IoU": iou.tolist(),
-            "Acc": accuracy.tolist()}
-
-
-def mean_of(values):
-    """The mean of the values that are not NaN; NaN if none is."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if values.size else math.nan
-
-
-def for_json(scores, names):
-    """`scores_of`'s result as JSON takes it: NaN is None, and the scores of a class go by its name."""
-    def number(value):
-        return None if math.isnan(value) else value
-
-    return {**{name: number(scores[name]) for name in MEANS},
-            **{name: {cls: number(value) for cls, value in zip(names, scores[name], strict=True)}
-               for name in ("IoU", "Acc")}}
-
-
-def format_table(scores, classes):
-    """The scores of each class as lines of text; `-` where there is none."""
-    def cell(value):
-        return f"{'-' if np.isnan(value) else format(value, '.2f'):>8}"
-
-    def columns(name):  # Chinese characters and the like are two columns wide
-        return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name)
-
-    width = max(14, *(columns(name) + 2 for name in classes))
-    lines = [f"{'class':<{width}}{'IoU':>8}{'Acc':>8}"]
-    lines += [name + " " * (width - columns(name)) + cell(iou) + cell(acc)
-              for name, iou, acc in zip(classes, scores["IoU"], scores["Acc"], strict=True)]
-    return "\n".join(lines)
-
-
-def summary(scores):
-    """The three means in words; `-` for NaN."""
-    return "  ".join(f"{name} {'-' if math.isnan(scores[name]) else format(scores[name], '.2f')}" for name in MEANS)

@@ -1,22 +1,16 @@
-"""What people look at: class maps as palette PNGs, overlays, comparisons with the label, samples, training curves.
+"""What people look at: class maps as palette PNGs, overlays, comparisons with the label, grids of samples.
 
 Shapes: an image is uint8 [H, W, 3], RGB, channels last as Pillow has it; a label or class map uint8 [H, W]; `colours`
 are uint8 [256, 3], the colour of each class and of IGNORE. What a function here returns, `save` writes.
 Over a photograph, class 0 (the background) has no colour, and IGNORE hides what is below it: it always looks the same.
 """
-import contextlib
-import functools
-import io
-import itertools
-import logging
 import math
-import unicodedata
-import warnings
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from files import whole_file
+from fonts import font_runs, letters_of
 from voc import IGNORE
 
 OPACITY = 0.55  # of the class colours over a photograph
@@ -35,15 +29,6 @@ SAMPLE_COLOURS, SAMPLE_STEP = 192, 3  # a grid has so many colours, for a small 
 BLOCKS = 2  # samples beside each other in a grid
 GAP = 6  # pixels between pictures
 JPEG_SIDE, JPEG_QUALITY = 65_500, 90  # a JPEG cannot have longer sides
-PILLOW = "Pillow's own"  # font, which has ASCII's letters and few more
-ODD_FONTS = ("Last Resort", "cm", "STIX")  # matplotlib's own: letters as boxes, and letters of formulas
-CJK = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "IDEOGRAPHIC", "FULLWIDTH")  # in names of characters
-LETTERS_SHOWN = 8  # of those that no font has
-MARKED_POINTS = 50  # a curve of more has no mark for each
-RUNNING_PART = 30  # the running mean of the loss takes that part of all its values
-CHART_SIZE = (13, 8.5)  # inches, of 100 pixels
-CHART_STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
-BARS, BAR_NAME = 40, 30  # of more classes, a chart shows the best and the worst; of longer names, the first letters
 
 
 def save(picture, path):
@@ -251,149 +236,3 @@ def joined(pictures, gap=0, down=True):
 
 def beside(pictures, gap=GAP):
     return joined(pictures, gap, down=False)
-
-
-def missing_font(names):
-    """None, or one line for the user: letters of the names that no font here can draw, and packages that bring one."""
-    missing = sorted({letter for name in names for letter in shaped(name) if not font_with(frozenset(letter))})
-    wanted = {"fonts-noto-cjk" if unicodedata.name(letter, "").startswith(CJK) else "fonts-noto" for letter in missing}
-    shown = " ".join(missing[:LETTERS_SHOWN]) + (" ..." if len(missing) > LETTERS_SHOWN else "")
-    return (f"no font here has {shown}, so pictures show boxes instead; on Debian or Ubuntu: "
-            f"apt-get install {' '.join(sorted(wanted))}") if missing else None
-
-
-def font_runs(text):
-    """[(a font, a part of the text), ...]: one font where one has all letters; PILLOW's where none has them."""
-    whole = font_with(shaped(text))
-    fonts = [whole or font_with(shaped(letter)) or PILLOW for letter in text]
-    return [(font, "".join(letter for _, letter in run))
-            for font, run in itertools.groupby(zip(fonts, text, strict=True), key=lambda pair: pair[0])]
-
-
-def shaped(text):
-    """The characters of a text that a font must have."""
-    return frozenset(letter for letter in text if letter.isprintable())
-
-
-@functools.cache
-def font_with(letters):
-    """The first font that has all of some letters: a path, PILLOW, or None."""
-    if all(letter.isascii() for letter in letters):
-        return PILLOW
-    return next((path for path in installed_fonts() if letters <= letters_in(path)), None)
-
-
-@functools.cache
-def installed_fonts():
-    """{path: family} of the plainest face of each family, those without serifs first."""
-    from matplotlib import font_manager  # only here: matplotlib takes a second to load
-
-    logging.getLogger(font_manager.__name__).setLevel(logging.ERROR)  # it would warn of families without this weight
-    known = {entry.fname for entry in font_manager.fontManager.ttflist}
-    for path in sorted(set(font_manager.findSystemFonts()) - known):  # installed after matplotlib made its list
-        with contextlib.suppress(Exception):  # whatever a font that cannot be used leads to
-            font_manager.fontManager.addfont(path)
-    entries = [entry for entry in font_manager.fontManager.ttflist
-               if not entry.name.startswith(ODD_FONTS) and getattr(entry, "index", 0) == 0]
-    entries.sort(key=lambda entry: (entry.style != "normal", entry.weight != 400, "Sans" not in entry.name, entry.name))
-    families = {}
-    for entry in entries:
-        families.setdefault(entry.name, entry.fname)
-    return {path: family for family, path in families.items()}
-
-
-@functools.cache
-def letters_in(path):
-    """The characters of a font."""
-    from matplotlib.ft2font import FT2Font
-
-    with contextlib.suppress(OSError, RuntimeError):  # a font that is no longer there, or damaged
-        return frozenset(map(chr, FT2Font(path).get_charmap()))
-    return frozenset()
-
-
-@functools.cache
-def letters_of(path, size):
-    """Pillow's font of letters `size` pixels high."""
-    return ImageFont.load_default(size) if path == PILLOW else ImageFont.truetype(path, size)
-
-
-def curves(metrics, names):
-    """Loss, learning rate, mIoU, and IoU per class after two evaluations; metrics: metrics.jsonl's lines as dicts."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    tables = [line for line in metrics if line.get("IoU")]
-    fonts = {installed_fonts()[path]: None for name in names for path, _ in font_runs(name) if path != PILLOW}
-    with matplotlib.rc_context({"font.family": ["DejaVu Sans", *fonts], "text.parse_math": False, **CHART_STYLE}):
-        figure = Figure(figsize=CHART_SIZE, dpi=100, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-        panels = figure.subplot_mosaic("LC;MC;RC" if len(tables) > 1 else "L;M;R", height_ratios=(3, 3, 2))
-        draw_losses(panels["L"], metrics)
-        scores = draw_line(panels["M"], metrics, "mIoU", "validation mIoU, %", "tab:green")
-        if len(scores):
-            iteration, best = scores[scores[:, 1].argmax()]
-            panels["M"].set_title(f"validation mIoU, %: best {best:.2f} at iteration {iteration:,.0f}", loc="left")
-            panels["M"].axhline(best, color="grey", linewidth=0.8, linestyle="--")
-            panels["M"].plot(iteration, best, "*", color="tab:green", markersize=13, markeredgecolor="white")
-        draw_line(panels["R"], metrics, "lr", "learning rate", "tab:purple")
-        panels["R"].set_xlabel("iteration")
-        if len(tables) > 1:
-            draw_bars(panels["C"], tables, names)
-        with warnings.catch_warnings(record=True):  # of letters that no font has; `missing_font` says it better
-            figure.savefig(file := io.BytesIO())
-    return Image.open(file).convert("RGB")
-
-
-def draw_line(axes, metrics, key, title, colour, **style):
-    """Draws the finite numbers under `key` from 0 on; each has a mark if they are few. -> them: float [N, 2]"""
-    found = [(line["iter"], line[key]) for line in metrics if line.get(key) is not None and math.isfinite(line[key])]
-    points = np.array(found, float).reshape(-1, 2)
-    axes.set_title(title, loc="left")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlim(0, 1.02 * max([1, *(line["iter"] for line in metrics)]))
-    if found:
-        axes.plot(*points.T, color=colour, marker="o" if len(found) <= MARKED_POINTS else "", markersize=4, **style)
-        axes.set_ylim(0, 1.08 * points[:, 1].max() or 1)
-    else:
-        axes.text(0.5, 0.5, "none yet", transform=axes.transAxes, ha="center", va="center", color="grey")
-        axes.set_yticks([])
-    return points
-
-
-def draw_losses(axes, metrics):
-    """The losses, faint, and their running mean, on a logarithmic scale where they allow it."""
-    window = max(1, sum(line.get("loss") is not None for line in metrics) // RUNNING_PART)
-    title = "training loss" + (f", and its mean over {window} values" if window > 1 else "")
-    iterations, losses = draw_line(axes, metrics, "loss", title, "tab:blue", alpha=0.3 if window > 1 else 1).T
-    if window > 1:
-        sums = np.cumsum([0, *losses])
-        axes.plot(iterations[window - 1:], (sums[window:] - sums[:-window]) / window, color="tab:blue", linewidth=2)
-    if losses.size and losses.max() > 5 * losses.min() > 0:  # which leaves two marks of 1, 2, 5, 10, ... at least
-        axes.set_yscale("log", subs=(2, 5))
-        axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-        axes.set_ylim(losses.min() / 1.1, losses.max() * 1.1)
-
-
-def draw_bars(axes, tables, names):
-    """Bars of each class's IoU in the last of some evaluation lines, with marks of that with the best mIoU."""
-    last, best = tables[-1], max(tables, key=lambda line: line.get("mIoU") or 0)
-    values, marks = last["IoU"], best["IoU"]
-    shown = sorted(names, key=lambda name: -1 if values.get(name) is None else values[name])
-    title = f"IoU per class at iteration {last['iter']:,}, %"
-    if len(shown) > BARS:
-        title += f" ({BARS // 2} best and worst)"
-        shown = [*shown[:BARS // 2], None, *shown[-BARS // 2:]]
-    axes.barh(range(len(shown)), [values.get(name) or 0 for name in shown], color="tab:green", alpha=0.6)
-    if best is not last:
-        axes.plot([marks.get(name) for name in shown], range(len(shown)), "k|", markersize=9)
-        axes.set_xlabel(f"| at the best mIoU, iteration {best['iter']:,}")
-    for row, name in enumerate(shown):
-        text = "" if name is None else "absent" if values.get(name) is None else f"{values[name]:.1f}"
-        axes.text(101, row, text, va="center", fontsize="small", color="dimgrey")
-    labels = ["..." if name is None else name if len(name) <= BAR_NAME else f"{name[:BAR_NAME]}..." for name in shown]
-    axes.set_yticks(range(len(shown)), labels, fontsize="small")
-    axes.grid(False, axis="y")
-    axes.set_title(title, loc="left")
-    axes.set(xlim=(0, 100), ylim=(min(0, len(shown) - BARS // 2) - 0.6, len(shown) - 0.4))

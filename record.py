@@ -15,7 +15,7 @@ import torch
 
 from data import digest
 from files import write_whole
-from inference import MEANS
+from scores import MEANS
 
 HERE = Path(__file__).parent
 

@@ -10,10 +10,11 @@ from data import open_split
 from device import choose_device, describe, memory_errors, place, synchronize
 from errors import RunError, WeightsError
 from files import check_new_file, check_no_overlap, check_writable, write_whole
-from inference import evaluate, for_json, format_table, scores_of, summary
+from inference import evaluate
 from loader import default_workers
 from processes import Processes
 from record import write_summary
+from scores import for_json, format_table, scores_of, summary
 from voc import read_classes
 from weights import Checkpoint
 

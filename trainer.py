@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import batchnorm
+import curves
 import pictures
 from advice import Pace
 from augment import BatchOrder, prepare, train_batches
 from device import convolutions, on_cpu, peak_memory, pins_memory, place, to_device
 from errors import RunError, first_line
-from inference import Protocol, classify, evaluate, for_json, format_table, scores_of, summary
+from inference import Protocol, classify, evaluate
 from palette import palette
 from precision import fused_sgd
 from processes import StoppedWaiting, StopSignal
+from scores import for_json, format_table, scores_of, summary
 from speed import Speed
 from voc import IGNORE
 
@@ -336,7 +338,7 @@ class Trainer:
 
     def draw(self, val_data, scores):
         """Writes curves.png, and val_samples.png: the same few validation images each time, spread over the list."""
-        pictures.save(pictures.curves(self.folder.metrics(), self.classes), self.folder.path / "curves.png")
+        pictures.save(curves.draw(self.folder.metrics(), self.classes), self.folder.path / "curves.png")
         samples = []
         with self.precision.evaluated(self.model) as model:
             model.eval()

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 import advice
-import pictures
 from augment import TrainAugmentation, TrainStream
 from data import digest, open_training
 from device import choose_device, describe, memory_errors
 from errors import DataError, RunError, WeightsError, first_line
 from fcn8s import FCN8s
+from fonts import missing_font
 from inference import Protocol
 from launch import BEGUN
 from loader import default_workers
@@ -293,7 +293,7 @@ def start_lines(trainer, settings, data, device, origin):
     parameters = sum(p.numel() for p in trainer.model.parameters())
     batch = f"{recipe.ranks} x {recipe.batch_size}" + (f" x {recipe.accumulate}" if recipe.accumulate > 1 else "")
     split = "; no lists there: split by --seed and --val_fraction" if data.lists else ""
-    font = pictures.missing_font(data.classes)
+    font = missing_font(data.classes)
     more = (", synchronised BN" if recipe.sync_bn else "") + (", compiled" if recipe.compile else "")
     return (f"device: {recipe.ranks} x {device}, {trainer.precision}{more}\n"
             f"network: {recipe.backbone}, {parameters:,} parameters, from {origin}\n"

@@ -32,10 +32,11 @@ from device import (
     to_device,
 )
 from fcn8s import FCN8s
-from inference import Protocol, confusion_matrix, evaluate
+from inference import Protocol, evaluate
 from loader import default_workers
 from precision import choose_precision
 from processes import Processes
+from scores import confusion_matrix
 from trainer import Recipe, Trainer, losses_of
 from voc import CLASSES, IGNORE, VOC, read_image
 

@@ -13,6 +13,7 @@ from conftest import ROOT, error_line, metrics, run, state, train_flags
 
 import inference
 import loader
+import scores
 import trainer
 from fcn8s import upsample
 from precision import ApexPrecision, Precision
@@ -95,7 +96,7 @@ def assert_score_is_evaluates(work_dir, data):
 
 
 def same_scores(a, b):
-    return all(a[name] == b[name] for name in inference.MEANS)
+    return all(a[name] == b[name] for name in scores.MEANS)
 
 
 @needs_software_npu

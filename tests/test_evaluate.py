@@ -12,7 +12,8 @@ from PIL import Image
 import inference
 from augment import prepare
 from fcn8s import FCN8s
-from inference import Predictor, Protocol, confusion_matrix, scores_of
+from inference import Predictor, Protocol
+from scores import confusion_matrix, format_table, scores_of
 from voc import CLASSES, IGNORE, VOC
 
 
@@ -48,7 +49,7 @@ def test_metrics_equal_scikit_learns_on_real_labels(real_voc):
 def test_a_perfect_prediction_scores_100_and_absent_classes_do_not_count():
     scores = scores_of(np.diag([5, 0, 7]))
     assert scores["aAcc"] == scores["mIoU"] == scores["mAcc"] == 100
-    assert np.isnan(scores["IoU"][1]) and "-" in inference.format_table(scores, ("a", "b", "c")).splitlines()[2]
+    assert np.isnan(scores["IoU"][1]) and "-" in format_table(scores, ("a", "b", "c")).splitlines()[2]
 
 
 @pytest.mark.parametrize("size", ((1, 1), (375, 500), (64, 48), (3, 500)))

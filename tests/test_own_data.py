@@ -12,8 +12,8 @@ from PIL import Image
 import pictures
 from data import digest, open_training, split_by_seed
 from errors import DataError
-from inference import format_table
 from palette import palette
+from scores import format_table
 from voc import IGNORE, VOC, read_classes
 
 EVALUATE = ROOT / "evaluate.py"

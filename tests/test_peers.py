@@ -15,9 +15,10 @@ from torch import nn
 import train
 from augment import LEFT_OUT, TrainAugmentation, distort_colours, prepare
 from fcn8s import FCN8s
-from inference import Protocol, ScaledImages, class_map, confusion_matrix, predict, scores_of, stack_scaled
+from inference import Protocol, ScaledImages, class_map, predict, stack_scaled
 from precision import Precision
 from processes import Processes
+from scores import confusion_matrix, scores_of
 from trainer import Recipe, Trainer, learning_rate, losses_of
 from voc import CLASSES, IGNORE, VOC
 from weights import Checkpoint

@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+import curves
+import fonts
 import pictures
 
 IGNORE = pictures.IGNORE
@@ -268,45 +270,45 @@ def ink(text):
 @pytest.fixture
 def only_dejavu(monkeypatch):
     """A system whose one font, matplotlib's own, has no Chinese."""
-    path = next(path for path, family in pictures.installed_fonts().items() if family == "DejaVu Sans")
-    monkeypatch.setattr(pictures, "installed_fonts", lambda: {path: "DejaVu Sans"})
-    pictures.font_with.cache_clear()
+    path = next(path for path, family in fonts.installed_fonts().items() if family == "DejaVu Sans")
+    monkeypatch.setattr(fonts, "installed_fonts", lambda: {path: "DejaVu Sans"})
+    fonts.font_with.cache_clear()
     yield path
-    pictures.font_with.cache_clear()
+    fonts.font_with.cache_clear()
 
 
 def test_letters_that_pillow_lacks_come_from_a_font_that_has_them(only_dejavu):
-    assert pictures.font_runs("cat 5%") == [(pictures.PILLOW, "cat 5%")]
-    assert pictures.font_runs("vélo, собака") == [(only_dejavu, "vélo, собака")]
-    assert pictures.font_runs("кот 猫 cat") == [(only_dejavu, "кот"), (pictures.PILLOW, " 猫 cat")]
+    assert fonts.font_runs("cat 5%") == [(fonts.PILLOW, "cat 5%")]
+    assert fonts.font_runs("vélo, собака") == [(only_dejavu, "vélo, собака")]
+    assert fonts.font_runs("кот 猫 cat") == [(only_dejavu, "кот"), (fonts.PILLOW, " 猫 cat")]
     letters = [ink(letter) for letter in "собака"]
     assert len({letter.tobytes() for letter in letters}) == 5  # of two a's, one is drawn
 
 
 def test_the_user_hears_which_letters_no_font_has_and_what_brings_one(only_dejavu):
-    assert pictures.missing_font(["cat", "vélo", "собака"]) is None
-    line = pictures.missing_font(["ground", "猫", "ひ 한"])
+    assert fonts.missing_font(["cat", "vélo", "собака"]) is None
+    line = fonts.missing_font(["ground", "猫", "ひ 한"])
     assert "\n" not in line and all(letter in line for letter in "猫ひ한") and line.endswith(" fonts-noto-cjk")
-    assert pictures.missing_font(["\U00013000"]).endswith(" fonts-noto")
-    assert pictures.missing_font(["猫\U00013000"]).endswith(" fonts-noto fonts-noto-cjk")
-    many = pictures.missing_font(["".join(map(chr, range(0x4E00, 0x4F00)))])
+    assert fonts.missing_font(["\U00013000"]).endswith(" fonts-noto")
+    assert fonts.missing_font(["猫\U00013000"]).endswith(" fonts-noto fonts-noto-cjk")
+    many = fonts.missing_font(["".join(map(chr, range(0x4E00, 0x4F00)))])
     assert len(many) < 200 and "..." in many
 
 
 def test_ascii_names_do_not_load_matplotlib(monkeypatch):
-    pictures.font_with.cache_clear()
-    monkeypatch.setattr(pictures, "installed_fonts", lambda: pytest.fail("asked for fonts"))
-    assert pictures.missing_font(NAMES) is None and ink("cat").any()
+    fonts.font_with.cache_clear()
+    monkeypatch.setattr(fonts, "installed_fonts", lambda: pytest.fail("asked for fonts"))
+    assert fonts.missing_font(NAMES) is None and ink("cat").any()
 
 
 def test_curves_use_the_same_fonts_as_the_pictures(monkeypatch, only_dejavu):
     import matplotlib
     from matplotlib.figure import Figure
     families, mosaic = [], Figure.subplot_mosaic
-    monkeypatch.setattr(pictures, "installed_fonts", lambda: {only_dejavu: "Own Family"})
+    monkeypatch.setattr(curves, "installed_fonts", lambda: {only_dejavu: "Own Family"})
     monkeypatch.setattr(Figure, "subplot_mosaic", lambda *args, **kwargs: (
         families.extend(matplotlib.rcParams["font.family"]), mosaic(*args, **kwargs))[1])
-    pictures.curves([], ("ground", "собака"))
+    curves.draw([], ("ground", "собака"))
     assert families == ["DejaVu Sans", "Own Family"]
 
 
@@ -318,7 +320,7 @@ def drawn_axes(monkeypatch, metrics, names=NAMES):
     axes, mosaic = {}, Figure.subplot_mosaic
     monkeypatch.setattr(Figure, "subplot_mosaic", lambda *args, **kwargs: (
         axes.update(mosaic(*args, **kwargs)), axes)[1])
-    picture = pictures.curves(metrics, names)
+    picture = curves.draw(metrics, names)
     monkeypatch.undo()
     return axes, picture
 
@@ -333,7 +335,7 @@ def test_curves_follow_the_numbers(monkeypatch):
     axes, picture = drawn_axes(monkeypatch, metrics)
     raw, mean = axes["L"].get_lines()
     assert len(raw.get_xdata()) == 599 and 7 not in raw.get_xdata() and axes["L"].get_yscale() == "log"
-    window = 600 // pictures.RUNNING_PART - 1
+    window = 600 // curves.RUNNING_PART - 1
     assert np.allclose(mean.get_ydata()[-1], np.mean([500 / i for i in range(601 - window, 601)]))
     assert mean.get_xdata()[-1] == 600 and raw.get_alpha() < 0.5 and mean.get_alpha() is None
     assert axes["M"].get_lines()[0].get_xydata().tolist() == [[200, 30], [400, 34.56], [600, 33]]
@@ -377,5 +379,5 @@ def test_of_two_hundred_classes_the_best_and_the_worst_are_shown(monkeypatch):
     [], [{"iter": 1, "lr": 0.01, "loss": 2.0}], [{"iter": 1, "lr": 0.0, "loss": None}], [evaluation(1, 0.0)],
     [{"iter": 3, "loss": float("nan")}, evaluation(3, float("nan"))]])
 def test_curves_of_next_to_nothing_are_drawn(metrics):
-    picture = pictures.curves(metrics, NAMES)
+    picture = curves.draw(metrics, NAMES)
     assert picture.mode == "RGB" and picture.size == (1300, 850) and len(picture.getcolors(10 ** 6)) > 2

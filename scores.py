@@ -1,0 +1,76 @@
+"""From class maps and labels to scores: the confusion matrix, the metrics, and how they are printed.
+
+Shapes: a label or class map is uint8 [H, W]; a confusion matrix int64 [C, C], row: the label's class, column: the
+predicted one; C classes.
+"""
+import math
+import unicodedata
+
+import numpy as np
+import torch
+
+from voc import IGNORE
+
+MEANS = ("aAcc", "mIoU", "mAcc")
+
+
+def confusion_matrix(label, prediction, num_classes):
+    """uint8 tensors [H, W] -> int64 [C, C], row: the label's class, column: the predicted one, without IGNORE."""
+    pairs, length = label.int().mul_(num_classes).add_(prediction).ravel(), (IGNORE + 1) * num_classes
+    if label.device.type == "cpu":  # it takes 4-byte numbers as they are, and is then twice as fast as NumPy's
+        counts = torch.bincount(pairs, minlength=length)
+    else:  # bincount waits for the device, to learn the largest number
+        counts = torch.zeros(length, dtype=torch.int64, device=label.device)
+        counts.scatter_add_(0, pairs.long(), torch.ones_like(pairs, dtype=torch.int64))
+    return counts.reshape(-1, num_classes)[:num_classes]
+
+
+def scores_of(confusion):
+    """The metrics of a confusion matrix, in per cent; a class that is 0/0 is NaN and left out of the mean.
+
+    -> dict: aAcc, correct / labelled pixels; Acc [C], correct / the label's pixels, and its mean mAcc; IoU [C],
+    correct / (label's + predicted - correct pixels), and its mean mIoU (Long et al., section 4)
+    """
+    correct, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    with np.errstate(invalid="ignore"):
+        accuracy = 100 * correct / labelled
+        iou = 100 * correct / (labelled + predicted - correct)
+        overall = 100 * correct.sum() / labelled.sum()
+    return {"aAcc": float(overall), "mIoU": mean_of(iou), "mAcc": mean_of(accuracy), "IoU": iou.tolist(),
+            "Acc": accuracy.tolist()}
+
+
+def mean_of(values):
+    """The mean of the values that are not NaN; NaN if none is."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else math.nan
+
+
+def for_json(scores, names):
+    """`scores_of`'s result as JSON takes it: NaN is None, and the scores of a class go by its name."""
+    def number(value):
+        return None if math.isnan(value) else value
+
+    return {**{name: number(scores[name]) for name in MEANS},
+            **{name: {cls: number(value) for cls, value in zip(names, scores[name], strict=True)}
+               for name in ("IoU", "Acc")}}
+
+
+def format_table(scores, classes):
+    """The scores of each class as lines of text; `-` where there is none."""
+    def cell(value):
+        return f"{'-' if np.isnan(value) else format(value, '.2f'):>8}"
+
+    def columns(name):  # Chinese characters and the like are two columns wide
+        return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name)
+
+    width = max(14, *(columns(name) + 2 for name in classes))
+    lines = [f"{'class':<{width}}{'IoU':>8}{'Acc':>8}"]
+    lines += [name + " " * (width - columns(name)) + cell(iou) + cell(acc)
+              for name, iou, acc in zip(classes, scores["IoU"], scores["Acc"], strict=True)]
+    return "\n".join(lines)
+
+
+def summary(scores):
+    """The three means in words; `-` for NaN."""
+    return "  ".join(f"{name} {'-' if math.isnan(scores[name]) else format(scores[name], '.2f')}" for name in MEANS)
