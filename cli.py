@@ -1,4 +1,4 @@
-"""What the command lines share: how flags are spelled, the types of their values, errors of one line.
+"""What the command lines share: how flags are spelled, the types of their values, errors of one line, how they end.
 
 It imports nothing heavy, so that `--help` and usage errors answer at once.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from errors import UserError
 
 REQUIREMENTS = ("numpy", "PIL", "scipy", "tqdm", "matplotlib", "torch")  # the modules of requirements.txt
+LARGEST = 2 ** 31  # of flags without another limit
 INTERRUPTED = 128 + signal.SIGINT  # the exit status, as shells report a signal
 
 
@@ -24,6 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
+        self.register("type", None, not_empty)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -42,7 +44,7 @@ def underscored(arg):
 
 
 def not_empty(text):
-    """An argparse type: text that is not empty, as an unset variable of a shell would be."""
+    """The type of a flag that names none: text that is not empty, as an unset variable of a shell would be."""
     if not text:
         raise argparse.ArgumentTypeError("takes a value, not ''")
     return text
@@ -53,52 +55,27 @@ def file_path(text):
     return Path(not_empty(text))
 
 
-def whole_number(minimum, maximum=2 ** 31):
-    """An argparse type: an int of at least `minimum` and at most `maximum`."""
+def number(low, high=LARGEST, kind=int, without=()):
+    """An argparse type: an int, or with `kind` a finite float, from `low` to `high`, but none of `without`."""
+    bounds = f"{'above' if low in without else 'of at least'} {low}"
+    if high not in (LARGEST, math.inf):
+        bounds += f" and {'below' if high in without else 'at most'} {high}"
+
     def parse(text):
         try:
-            number = int(text)
+            value = kind(text)
         except ValueError:
-            number = None
-        if number is None or number < minimum:
-            raise argparse.ArgumentTypeError(f"takes a whole number of at least {minimum}, not '{text}'")
-        if number > maximum:
-            raise argparse.ArgumentTypeError(f"takes a whole number of at most {maximum}, not '{text}'")
-        return number
+            value = math.nan
+        if not low <= value <= high or value in without or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"takes a {'whole ' * (kind is int)}number {bounds}, not '{text}'")
+        return value
     return parse
-
-
-def non_negative(text):
-    """An argparse type: a finite float of at least 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise argparse.ArgumentTypeError(f"takes a number of at least 0, not '{text}'")
-    return number
-
-
-def positive(text, maximum=100):
-    """An argparse type: a float above 0 and at most `maximum`."""
-    number = non_negative(text)
-    if not 0 < number <= maximum:
-        raise argparse.ArgumentTypeError(f"takes a number above 0, up to {maximum}, not '{text}'")
-    return number
-
-
-def share(text):
-    """An argparse type: a float between 0 and 1, both excluded."""
-    number = positive(text)
-    if number >= 1:
-        raise argparse.ArgumentTypeError(f"takes a number above 0 and below 1, not '{text}'")
-    return number
 
 
 def class_weights(text):
     """An argparse type: a file of numbers of at least 0, one a line -> a tuple of float."""
     try:
-        return tuple(non_negative(line) for line in file_path(text).read_text(encoding="utf-8").split())
+        return tuple(map(number(0, math.inf, float), file_path(text).read_text(encoding="utf-8").split()))
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"{text}: cannot be read ({error})") from None
     except argparse.ArgumentTypeError as error:

@@ -5,7 +5,7 @@ of train.py it writes the summary FCN_bs<batch>_<cards>p_val.log.
 """
 from pathlib import Path
 
-from cli import Parser, file_path, not_empty, run, whole_number
+from cli import Parser, file_path, number, run
 from flags import MAX_BATCH, add_network_flags, add_protocol_flags, check_protocol, from_args
 from launch import Launch, add_device_flags, check_devices, is_launcher, launch, visible_devices
 
@@ -16,16 +16,16 @@ def parse_args(argv=None):
     add_network_flags(parser)
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data_path", metavar="DIR", type=not_empty, required=True,
+    data.add_argument("--data_path", metavar="DIR", required=True,
                       help="a folder in VOC's layout, say data/VOCdevkit/VOC2012")
-    data.add_argument("--split", default="val", type=not_empty, metavar="LIST",
+    data.add_argument("--split", default="val", metavar="LIST",
                       help="a list in ImageSets/Segmentation (default: %(default)s)")
-    data.add_argument("--max_images", type=whole_number(1), metavar="N",
+    data.add_argument("--max_images", type=number(1), metavar="N",
                       help="only the first N images of the list (default: all)")
-    data.add_argument("--classes", metavar="FILE", type=not_empty,
+    data.add_argument("--classes", metavar="FILE",
                       help="names of the classes, one a line, the first the background (default: the checkpoint's, "
                            "else VOC's)")
-    data.add_argument("--workers", type=whole_number(0), metavar="N",
+    data.add_argument("--workers", type=number(0), metavar="N",
                       help="processes that load images, for each card (default: 4, fewer where the cores are few)")
 
     output = parser.add_argument_group("what it writes")
@@ -37,7 +37,7 @@ def parse_args(argv=None):
     output.add_argument("--json", metavar="FILE", type=file_path, help="the scores (default: none)")
 
     how = add_protocol_flags(parser)
-    how.add_argument("--batch_size", type=whole_number(1, MAX_BATCH), metavar="N",
+    how.add_argument("--batch_size", type=number(1, MAX_BATCH), metavar="N",
                      help="images of one shape that run together (default: 1 on a CPU, else 8)")
     add_device_flags(parser)
     args = parser.parse_args(argv)

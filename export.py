@@ -1,7 +1,7 @@
 """Writes a trained network as an ONNX file: `python export.py CHECKPOINT model.onnx`, checked with ONNX Runtime."""
 from pathlib import Path
 
-from cli import Parser, file_path, run, whole_number
+from cli import Parser, file_path, number, run
 from flags import MAX_SIDE, add_network_flags
 
 
@@ -10,7 +10,7 @@ def parse_args(argv=None):
                     usage="%(prog)s CHECKPOINT FILE [--size HEIGHT WIDTH] [flags]")
     add_network_flags(parser)
     parser.add_argument("file", metavar="FILE", type=file_path, help="the ONNX file")
-    parser.add_argument("--size", type=whole_number(1, MAX_SIDE), nargs=2, metavar=("HEIGHT", "WIDTH"),
+    parser.add_argument("--size", type=number(1, MAX_SIDE), nargs=2, metavar=("HEIGHT", "WIDTH"),
                         help="one fixed shape, batch 1, in pixels (default: any batch and size)")
     args = parser.parse_args(argv)
     if args.file.resolve() == Path(args.checkpoint).resolve():

@@ -2,9 +2,10 @@
 import dataclasses
 
 from backbones import BACKBONES
-from cli import not_empty, positive, whole_number
+from cli import number
 
 MAX_SIDE, MAX_BATCH = 2 ** 14, 2 ** 14  # beyond any memory
+MAX_RATIO = 100
 WARM_UP_ITERS = 5  # that a measurement of speed leaves out: they choose kernels and fill caches
 
 
@@ -16,7 +17,7 @@ def from_args(kind, args):
 
 def add_network_flags(parser):
     """The flags that name a trained network."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=not_empty,
+    parser.add_argument("checkpoint", metavar="CHECKPOINT",
                         help="a file of train.py, mmsegmentation or torchfcn; or resnet50_d8_voc, resnet101_d8_voc: "
                              "mmsegmentation's published weights, downloaded")
     network = parser.add_argument_group("network")
@@ -27,16 +28,16 @@ def add_network_flags(parser):
 def add_protocol_flags(parser):
     """The flags that say how images go through the network. -> their group"""
     how = parser.add_argument_group("how the images go through the network")
-    how.add_argument("--scale", type=whole_number(1, 2 ** 16), nargs=2, metavar=("LONG", "SHORT"),
+    how.add_argument("--scale", type=number(1, 2 ** 16), nargs=2, metavar=("LONG", "SHORT"),
                      help="fit each image into these sides, in pixels (default: the checkpoint's; 2048 512 for "
                           "mmsegmentation's, the image's own size for torchfcn's)")
-    how.add_argument("--pad_to", type=whole_number(1, MAX_SIDE), metavar="N",
+    how.add_argument("--pad_to", type=number(1, MAX_SIDE), metavar="N",
                      help="pad each image right and bottom to N x N pixels, so that every shape is the same (default: "
                           "no padding)")
-    how.add_argument("--ratios", type=positive, nargs="+", metavar="R", default=(1.0,),
+    how.add_argument("--ratios", type=number(0, MAX_RATIO, float, without=(0,)), nargs="+", metavar="R", default=(1.0,),
                      help="average over these multiples of the scale, say 0.5 0.75 1.0 1.25 1.5 1.75 (default: 1)")
     how.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
-    how.add_argument("--slide", type=whole_number(1, MAX_SIDE), nargs=2, metavar=("CROP", "STRIDE"),
+    how.add_argument("--slide", type=number(1, MAX_SIDE), nargs=2, metavar=("CROP", "STRIDE"),
                      help="average over windows of CROP x CROP pixels, STRIDE pixels apart (default: the whole image)")
     how.add_argument("--amp", action="store_true",
                      help="mixed precision: float16 on NPU and CUDA, bfloat16 on a CPU (default: float32)")

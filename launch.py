@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cli import Parser, not_empty, whole_number
+from cli import Parser, number
 from errors import DeviceError, first_line
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
@@ -42,7 +42,7 @@ def add_device_flags(parser):
     group.add_argument("--device_list", type=device_list, metavar="0,1,..",
                        help="several devices, a process for each, started by torchrun; of --device cpu the numbers "
                             "only count")
-    group.add_argument("--timeout", type=whole_number(1), metavar="SECONDS",
+    group.add_argument("--timeout", type=number(1), metavar="SECONDS",
                        help=f"how long a process waits for the others before it ends (default: {DEFAULT_TIMEOUT})")
     return add_launch_flags(parser)
 
@@ -51,7 +51,7 @@ def add_one_device_flags(group):
     """The flags that say on which device a command runs. -> their group"""
     group.add_argument("--device", default="auto", choices=("auto", "npu", "cuda", "gpu", "cpu"),
                        help="auto takes an NPU, else CUDA, else the CPU (default: %(default)s)")
-    group.add_argument("--device_id", type=whole_number(0), metavar="N",
+    group.add_argument("--device_id", type=number(0), metavar="N",
                        help="which of the devices, counted from 0 (default: 0)")
     return group
 
@@ -59,22 +59,22 @@ def add_one_device_flags(group):
 def add_launch_flags(parser):
     """The flags that are torchrun's business, not that of the processes it starts. -> their parser, for itself"""
     group = parser.add_argument_group("several machines (with --device_list)")
-    group.add_argument("--nnodes", type=whole_number(1), metavar="N", help="number of machines (default: 1)")
-    group.add_argument("--node_rank", type=whole_number(0), metavar="R", help="which of them this is (default: 0)")
-    group.add_argument("--addr", "--master_addr", metavar="IP", type=not_empty,
+    group.add_argument("--nnodes", type=number(1), metavar="N", help="number of machines (default: 1)")
+    group.add_argument("--node_rank", type=number(0), metavar="R", help="which of them this is (default: 0)")
+    group.add_argument("--addr", "--master_addr", metavar="IP",
                        help="address of machine 0, where all processes meet (default: this machine)")
-    group.add_argument("--master_port", type=whole_number(1, 65535), metavar="P",
+    group.add_argument("--master_port", type=number(1, 65535), metavar="P",
                        help=f"a free port there (default: {DEFAULT_PORT}; on one machine without --addr any)")
-    group.add_argument("--local_addr", metavar="IP", type=not_empty,
+    group.add_argument("--local_addr", metavar="IP",
                        help="address of this machine; NPUs get it as HCCL_IF_IP")
-    group.add_argument("--max_restarts", type=whole_number(0), metavar="N",
+    group.add_argument("--max_restarts", type=number(0), metavar="N",
                        help="how often to go on from the latest checkpoint after a process died (default: 0)")
     return parser
 
 
 def device_list(text):
     """An argparse type: `0,1,2` -> ["0", "1", "2"]."""
-    devices = [str(whole_number(0)(part)) for part in text.split(",")]
+    devices = [str(number(0)(part)) for part in text.split(",")]
     if len(set(devices)) < len(devices):
         raise argparse.ArgumentTypeError(f"takes each device once, not '{text}'")
     return devices

@@ -98,16 +98,16 @@ def test_a_devkit_in_place_of_its_year_folder_is_pointed_out(drawn_voc, tmp_path
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--crop_size", 0), "--crop_size: takes a whole number of at least 1, not '0'"),
-    (("--crop-size", "big"), "--crop_size: takes a whole number of at least 1, not 'big'"),
+    (("--crop_size", 0), "--crop_size: takes a whole number of at least 1 and at most 16384, not '0'"),
+    (("--crop-size", "big"), "--crop_size: takes a whole number of at least 1 and at most 16384, not 'big'"),
     (("--batch_size", -3), "--batch_size"), (("--batch_size", 2.5), "--batch_size"),
     (("--lr", "nan"), "--lr"), (("--lr", 1e-6), "--min_lr"), (("--scale", 128, 512), "the long side comes first"),
     (("--loss_scale", 128), "no effect without --amp"), (("--opt_level", "O1"), "no effect without --amp"),
     (("--loss_scale", "huge", "--amp"), "--loss_scale"), (("--device", "tpu"), "--device"),
     (("--resume", ""), "--resume: takes a value, not ''"), (("--momentum", 1), "takes less than 1"),
     (("--backbone", "resnet18"), "--backbone"), (("--max_iter", 3), "--max_iter"),
-    (("--crop_size", 1_000_000), "--crop_size: takes a whole number of at most 16384"),
-    (("--batch_size", 1_000_000_000), "--batch_size: takes a whole number of at most 16384"),
+    (("--crop_size", 1_000_000), "--crop_size: takes a whole number of at least 1 and at most 16384, not"),
+    (("--batch_size", 1_000_000_000), "--batch_size: takes a whole number of at least 1 and at most 16384, not"),
     (("--sync_bn", "--freeze_bn"), "--sync_bn has no effect with --freeze_bn")])
 def test_flags_that_make_no_sense_are_usage_errors(drawn_voc, tmp_path, flags, words):
     assert words in error_line(TRAIN, *train_flags(drawn_voc, tmp_path / "run"), *flags, status=2)

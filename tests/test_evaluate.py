@@ -147,7 +147,7 @@ def test_the_references_ways_to_evaluate_run_as_commands(checkpoint, drawn_voc):
     assert evaluate(checkpoint, drawn_voc, "--ratios", 1.0).stdout.splitlines()[:-1] == plain.splitlines()[:-1]
     for flags, words, status in ((("--slide", 32, 48), "CROP comes first", 2), (("--pad_to", 8), "do not fit", 1),
                                  (("--pad_to", 96, "--slide", 64, 32), "do not go together", 2),
-                                 (("--ratios", 0), "above 0", 2), (("--ratios", 1e308), "up to 100", 2),
+                                 (("--ratios", 0), "above 0", 2), (("--ratios", 1e308), "at most 100", 2),
                                  (("--pad_to", 1_000_000), "at most 16384", 2),
                                  (("--ratios", 0.001), "leaves no pixel", 1), (("--at_once",), "--at_once", 1),
                                  (("--backbone", "vgg16"), "use --backbone tiny", 1)):
