@@ -15,9 +15,9 @@ from cli import Parser, number
 from errors import DeviceError, first_line
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
-VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}  # by these a process sees some devices
-NOTES = "FCN8S_NOTES"  # a folder of files by which the ranks tell `launch` something, and those that replace them
-BEGUN, STOPPED = "begun", "stopped"  # the run has its work folder; by which signal it was stopped
+VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}  # limit which devices a process sees
+NOTES = "FCN8S_NOTES"  # names a folder of messages from the ranks to `launch` and to the ranks of a restart
+BEGUN, STOPPED = "begun", "stopped"  # files there: the work folder is open; the number of the signal that stops
 LAUNCHER = "FCN8S_LAUNCHER"  # the launcher's process id
 DEFAULT_PORT = 29500  # torchrun's
 DEFAULT_TIMEOUT = 600  # seconds, NCCL's; enough for rank 0 to write a checkpoint while the others wait
@@ -30,7 +30,8 @@ def under_torchrun(strict=True):
     if missing and (not strict or os.environ.get("WORLD_SIZE", "") in ("", "1")):
         return False
     wrong = [name for name in VARIABLES if name != "MASTER_ADDR" and not os.environ.get(name, "").isdecimal()]
-    for name in missing or wrong:
+    if missing or wrong:
+        name = (missing or wrong)[0]
         raise DeviceError(f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} is set as torchrun sets it, but {name} is "
                           f"'{os.environ.get(name, '')}'; start with torchrun or --device_list, or unset WORLD_SIZE")
     return True
@@ -57,7 +58,7 @@ def add_one_device_flags(group):
 
 
 def add_launch_flags(parser):
-    """The flags that are torchrun's business, not that of the processes it starts. -> their parser, for itself"""
+    """The flags that torchrun takes instead of the processes that it starts. -> the parser"""
     group = parser.add_argument_group("several machines (with --device_list)")
     group.add_argument("--nnodes", type=number(1), metavar="N", help="number of machines (default: 1)")
     group.add_argument("--node_rank", type=number(0), metavar="R", help="which of them this is (default: 0)")
@@ -215,8 +216,8 @@ def meeting_problem(how, error):
 
 
 def failed_status(error, prog):
-    """The exit status of a failed run. A rank that failed has said why; one that was killed could not. By SIGTERM
-    torchrun ends the others."""
+    """The exit status of a failed run. Reports ranks that were killed, which could not do so themselves. Not those
+    killed by SIGTERM: torchrun sends it to the others when one fails."""
     all_killed = all(failure.exitcode < 0 for failure in error.failures.values())
     for rank, failure in sorted(error.failures.items()):
         if failure.exitcode < 0 and (all_killed or failure.exitcode != -signal.SIGTERM):

@@ -1,7 +1,7 @@
-"""Batches from worker processes: their order, their errors, and what becomes of the workers.
+"""Batches from worker processes: their order, their errors, and how the workers end.
 
 Workers ignore SIGTERM and SIGINT, which a terminal and a scheduler send to every process: the main process stops the
-run, and until it does, batches must come. `cli.kill_children` ends them. A worker that loses the main process ends.
+run and needs batches until then. `cli.kill_children` ends them. A worker whose main process died ends by itself.
 """
 import multiprocessing
 import signal
@@ -17,7 +17,7 @@ from errors import RunError, UserError, first_line
 
 WORKERS = 4  # a process's, where the cores suffice
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that stop a run
-DYING_TIME = 1  # seconds between the end of a worker's connections and its own
+EXIT_TIME = 1  # seconds to wait for a worker's exit code after its pipe broke
 STARTED = []  # the worker processes that this process started
 
 
@@ -36,11 +36,13 @@ class Batches:
 
     def __init__(self, data, batches, collate, workers, pin_memory=False):
         self.loader = DataLoader(Reporting(data, collate), batch_sampler=batches, num_workers=workers,
-                                 pin_memory=pin_memory, collate_fn=as_it_is, worker_init_fn=start_worker)
+                                 pin_memory=pin_memory, collate_fn=as_it_is, worker_init_fn=start_worker,
+                                 multiprocessing_context="fork" if workers else None)  # forkserver since Python 3.14
 
     def __iter__(self):
         before = set(multiprocessing.active_children())
-        ours = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a worker is born with this process's handlers
+        # Forked workers have this process's handlers: they get no signal until `start_worker` ignores them.
+        ours = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             batches = iter(self.loader)
         finally:
@@ -53,19 +55,24 @@ class Batches:
                     raise batch
                 yield batch
         except GeneratorExit:
+            forget(own)
             raise
-        except BaseException as error:  # a stop, too; PyTorch would wait 5 s for each worker that is blocked
+        except BaseException as error:  # StoppedWaiting, too; PyTorch would wait 5 s for each worker that blocks
             raise_if_worker_died(error)
             STARTED.clear()  # what is killed now has not died
             kill_children()
             raise
-        finally:
-            STARTED[:] = [worker for worker in STARTED if worker not in own]
+        forget(own)
+
+
+def forget(workers):
+    """Takes workers that ended as they should out of STARTED."""
+    STARTED[:] = [worker for worker in STARTED if worker not in workers]
 
 
 class Reporting(Dataset):
-    """Loads batches of a data set. Returns an error that is for the user, in place of a batch: PyTorch would raise it
-    anew with a traceback as its message."""
+    """Loads batches of a data set. Returns a UserError or OSError in place of a batch: the DataLoader would put the
+    worker's traceback into its message."""
 
     def __init__(self, data, collate):
         self.data, self.collate = data, collate
@@ -82,19 +89,22 @@ def as_it_is(batch):
 
 
 def start_worker(worker):
-    """Workers ignore signals. Their thread that hands over batches is silent where the main process is gone."""
+    """Workers ignore SIGTERM and SIGINT. Their queue's thread prints no traceback when the main process has died."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = lambda *error: None
 
 
 def raise_if_worker_died(error):
-    """Raises RunError if a worker was killed. PyTorch says so by a RuntimeError, which may come at any moment, or what
-    it does fails: to take over a batch from a process that is about to be gone."""
+    """Raises RunError if a worker was killed. PyTorch's handler of SIGCHLD raises RuntimeError at any moment, unless
+    reading from the dying worker raises EOFError or OSError first."""
     if not isinstance(error, RuntimeError | EOFError | OSError):
         return
-    if not isinstance(error, RuntimeError):
-        wait([worker.sentinel for worker in STARTED if worker.exitcode is None], DYING_TIME)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # that handler would raise here
+    ended = wait([worker.sentinel for worker in STARTED], EXIT_TIME)
+    for worker in STARTED:
+        if worker.sentinel in ended:
+            worker.join(EXIT_TIME)  # its pipes close before it has an exit code
     if any(worker.exitcode not in (None, 0) for worker in STARTED):
         raise RunError(f"a process that loads images died ({first_line(error)}); if memory ran out, lower --workers"
                        ) from None

@@ -1,4 +1,4 @@
-"""The ranks of a run: how they meet, what they share, how they stop together, and that none outlives a failure."""
+"""The ranks of a run: the process group, shared values, stopping on a signal, and the end of all when one fails."""
 import contextlib
 import datetime
 import os
@@ -16,13 +16,13 @@ from launch import BEGUN, LAUNCHER, NOTES, STOPPED, under_torchrun
 from loader import SIGNALS, STARTED, raise_if_worker_died
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
-STOP_INTERVAL = 10  # iterations between two questions whether some rank is asked to stop
-BLOCKED_TIME = 10  # seconds that a rank among others waits for a batch after it is asked to stop
+STOP_INTERVAL = 10  # iterations between two checks whether a signal asked some rank to stop
+BLOCKED_TIME = 10  # seconds that one of several ranks waits for a batch after a signal
 FAILED = "failed"  # the key of the store that tells every rank of a failure
-# After a restart torchrun's store still holds the addresses of the dead, on which gloo would wait.
+# torchrun's store keeps the previous attempt's addresses, on which gloo would wait: each attempt has a prefix.
 ATTEMPT = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-WATCH_INTERVAL, GRACE = 1, 4  # seconds between two looks at that key; that a rank then has to end by itself
-JOIN_TIME = 2  # seconds
+WATCH_INTERVAL, GRACE = 1, 4  # seconds between two looks at that key; seconds that a rank then has to end by itself
+JOIN_TIME = 2  # seconds to wait for the watching thread
 
 
 class Processes:
@@ -33,7 +33,7 @@ class Processes:
         self.rank, self.local_rank, self.count = (
             (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")) if started else (0, 0, 1))
         self.here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if started else 1  # on this machine
-        self.store, self.stopping = None, False  # whether this rank saves and ends by itself
+        self.store, self.stopping = None, False  # stopping: this rank saves, and the watcher leaves it alone
         self.watcher, self.over = None, threading.Event()
         if "TORCHELASTIC_RUN_ID" in os.environ and started:
             launcher = int(os.environ.get(LAUNCHER, os.getppid()))
@@ -61,7 +61,7 @@ class Processes:
 
     def meet(self, device, timeout):
         """Initialises the process group of several ranks, as `join` says."""
-        for number in SIGNALS:  # Python's handlers would not run while this rank waits for the others
+        for number in SIGNALS:  # a Python handler does not run inside the C++ rendezvous; SIG_DFL ends it at once
             signal.signal(number, signal.SIG_DFL)
         limit = datetime.timedelta(seconds=timeout)
         try:
@@ -75,12 +75,12 @@ class Processes:
         self.store = store
 
     def watch(self, launcher):
-        """Stops this process when its launcher, torchrun, is gone: nobody else would. Ends it soon after another rank
-        failed, for which it may be waiting in an operation."""
+        """Sends SIGTERM to this process once its launcher, torchrun, is gone. Ends it GRACE seconds after another rank
+        failed, for which it may wait in a collective operation."""
         while not self.over.wait(WATCH_INTERVAL):
             if os.getppid() != launcher:
                 os.kill(os.getpid(), signal.SIGTERM)
-                if self.store is None and not self.over.wait(GRACE):  # it still waits for the store, in vain
+                if self.store is None and not self.over.wait(GRACE):  # it waits for a store that is gone
                     self.end_at_once()
                 return
             with contextlib.suppress(RuntimeError):  # the store goes with the launcher
@@ -102,17 +102,17 @@ class Processes:
 
     @contextlib.contextmanager
     def failing_together(self):
-        """What is raised inside ends every rank; the one that raises it first reports it, the others end silently."""
+        """An exception inside ends every rank. The first rank to fail raises it, the others exit silently."""
         try:
             yield
         except SystemExit:  # beside another rank's failure, or by a signal
             raise
         except BaseException as error:
-            lost_others, beside = self.lost_others(error), self.report_failure()
-            if beside or (lost_others and status_beside_failure() == 0):
+            lost, beside = self.lost_others(error), self.report_failure()
+            if beside or (lost and status_beside_failure() == 0):
                 sys.exit(status_beside_failure())
             raise_if_worker_died(error)
-            if not lost_others:
+            if not lost:
                 raise
             raise RunError(f"rank {self.rank}: lost the other processes ({first_line(error).split('. ')[0]})") from None
         finally:
@@ -121,9 +121,9 @@ class Processes:
                 self.watcher.join(JOIN_TIME)  # a thread that is in the store while Python ends aborts the process
 
     def report_failure(self):
-        """Tells every rank that this one fails; before they have met, those of this machine.
+        """Marks the run as failed: in the store, or, before there is one, by a file on this machine.
 
-        -> whether another one said so before
+        -> whether another rank did so first
         """
         try:
             if self.store is not None:
@@ -144,7 +144,7 @@ class Processes:
             isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words))
 
     def share(self, value):
-        """Rank 0's value, in every process; what the others pass is not looked at."""
+        """Broadcasts rank 0's value. -> it, in every rank"""
         values = [value]
         if self.count > 1:
             dist.broadcast_object_list(values, 0)
@@ -181,26 +181,26 @@ class Processes:
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C, on which the ranks of a run stop together, and not before they have saved.
+    """SIGTERM or Ctrl-C, on which the ranks of a run save and stop together.
 
-    Once this exists, such a signal is only remembered; `agreed` and `wait_for` act on it.
+    Once this exists, its handler only records such a signal; `agreed` and `wait_for` act on it.
     """
 
     def __init__(self, processes, device):
         self.processes, self.device = processes, device
         self.number, self.waiting = 0, False
         for number in SIGNALS:
-            signal.signal(number, self.note)
+            signal.signal(number, self.record)
         signal.signal(signal.SIGALRM, self.give_up)
 
-    def note(self, number, frame):
+    def record(self, number, frame):
         self.number = number
         if self.waiting:
             self.limit_wait()
 
     def limit_wait(self):
-        """Ends the wait for a batch: at once where this process is alone, else in a while, as the other ranks may be in
-        a step that needs this rank's batch."""
+        """Ends the wait for a batch: at once for a single process, else after BLOCKED_TIME, as the other ranks may be
+        in a step that needs this rank's gradients."""
         if self.processes.count == 1:
             self.stop_waiting()
         signal.alarm(BLOCKED_TIME)
@@ -225,10 +225,10 @@ class StopSignal:
             signal.alarm(0)
 
     def agreed(self, iteration=0):
-        """The signal's number if the run is to stop now, after this iteration, else 0; the same in every rank, as one
-        that went on alone would wait for the others in vain.
+        """The number of the signal on which the run stops after this iteration, else 0; the same in every rank, as a
+        rank that continued alone would hang.
 
-        Asking the others waits for the device, so accelerators are asked every STOP_INTERVAL iterations only.
+        Asking synchronises with the device, so on accelerators only every STOP_INTERVAL-th iteration asks.
         """
         if self.processes.count == 1:
             return self.number
@@ -241,7 +241,8 @@ class StopSignal:
 
 
 class StoppedWaiting(BaseException):
-    """A stop was asked for while the loader blocked. No Exception, as Pillow's readers would take it for damage."""
+    """A signal came while the loader blocked. A BaseException, as `except Exception` in voc.read_image would report a
+    damaged file."""
 
 
 def status_beside_failure():
@@ -261,10 +262,10 @@ def exit_status(number):
 
 
 def restarted():
-    """Whether torchrun started this run anew, as a process of it died after it had its work folder."""
+    """Whether torchrun restarted this run, one of whose processes died after the work folder was open."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (not note(BEGUN) or note(BEGUN).exists())
 
 
 def note(name):
-    """The file by which the ranks and their launcher tell each other something; None without launch.py."""
+    """The path of a message between the ranks and their launcher; None without launch.py."""
     return Path(os.environ[NOTES], name) if os.environ.get(NOTES) else None

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 import batchnorm
 import curves
 import pictures
-from advice import Pace
 from augment import BatchOrder, prepare, train_batches
 from device import convolutions, on_cpu, peak_memory, pins_memory, place, to_device
 from errors import RunError, first_line
@@ -23,13 +22,13 @@ from palette import palette
 from precision import fused_sgd
 from processes import StoppedWaiting, StopSignal
 from scores import for_json, format_table, scores_of, summary
-from speed import Speed
+from speed import Pace, Speed
 from voc import IGNORE
 
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (mmsegmentation's configs/_base_/models/fcn_r50-d8.py)
 VAL_SAMPLES = 6  # images in val_samples.png
-MAX_NAN_STEPS = 10  # in a row; after so many the loss does not recover by itself
-NAN_INTERVAL = 50  # iterations between two looks at how many they are, which wait for the device
+MAX_NAN_STEPS = 10  # consecutive steps with a NaN or Inf loss after which the run stops: it does not recover
+NAN_INTERVAL = 50  # iterations between two checks for them, which synchronise with the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Recipe:
     val_list: str = ""
 
     @property
-    def images(self):
-        """How many images an iteration sees, on all cards."""
+    def images_per_iteration(self):
+        """On all cards."""
         return self.batch_size * self.accumulate * self.ranks
 
 
@@ -106,8 +105,8 @@ def losses_of(outputs, labels, class_weights=None):
     """The loss to minimise and its parts, float32 [3]: total, main, auxiliary (0 where there is no such head).
 
     outputs: of FCN8s; labels uint8 [N, H, W]; class_weights: float32 [C], of each class's pixels in the sum
-    Cross entropy, summed and divided by the number of pixels: those labelled IGNORE add nothing but count, as in the
-    reference.
+    Cross entropy, summed and divided by the number of pixels. Those labelled IGNORE add 0 to the sum but count in the
+    divisor, as in mmsegmentation.
     """
     def cross_entropy(logits):
         loss = F.cross_entropy(logits, labels.long(), class_weights, ignore_index=IGNORE, reduction="sum")
@@ -119,7 +118,7 @@ def losses_of(outputs, labels, class_weights=None):
 
 
 class WithLosses(torch.nn.Module):
-    """A network with its losses, which --compile makes one graph of: images, labels -> as `losses_of`."""
+    """A network and its losses in one module, so that torch.compile sees both: images, labels -> as `losses_of`."""
 
     def __init__(self, model, class_weights):
         super().__init__()
@@ -153,7 +152,8 @@ class Trainer:
             self.network = torch.compile(self.network, dynamic=False)
         self.train_mode()
         self.protocol = Protocol(recipe.scale, pad_to=recipe.pad_to)
-        self.progress, self.saved = Progress(), None  # the iteration of the last checkpoint
+        self.progress = Progress()
+        self.saved = None  # the iteration of the last checkpoint
         self.nan_run = torch.zeros((), dtype=torch.int32, device=device)  # NaN steps in a row, until now
         self.longest_nan_run = self.nan_run  # of the run
 
@@ -165,12 +165,12 @@ class Trainer:
     def resume(self, training):
         """Goes on from a checkpoint's training state; the model has its weights already."""
         self.precision.load_state_dict(training["precision"])
-        # The momentum is the checkpoint's, the settings are this run's: its device may want another form of SGD.
+        # The momentum is the checkpoint's, param_groups are this run's: another device takes another form of SGD.
         own = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**training["optimizer"], "param_groups": own["param_groups"]})
         for parameter, state in self.optimizer.state.items():
             if state.get("momentum_buffer") is not None:
-                # A fused SGD goes through memory as it lies, and on another device it lay in another order.
+                # Fused SGD reads parameter and momentum in storage order, which differs between devices.
                 state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
         self.progress = Progress(**training["progress"])
         self.saved = self.progress.iteration
@@ -182,19 +182,19 @@ class Trainer:
         self.started = time.perf_counter() - progress.seconds
         self.sums = torch.tensor(progress.sums, device=self.device)
         batches = self.batches(stream, workers)
-        speed = Speed(self.recipe.images, self.device, intervals.last - progress.iteration)
         pace = Pace(self.folder, self.device, progress.iteration, intervals.last)
         try:
             if progress.evaluated < progress.iteration and self.due(intervals.evaluation):
-                stopped = self.evaluate(val_data, val_sizes, workers, stop)  # the stop came before its end
-                pace.since = time.perf_counter()
+                stopped = self.evaluate(val_data, val_sizes, workers, stop)  # a stop interrupted it
+            speed = Speed(self.recipe.images_per_iteration, self.device, intervals.last - progress.iteration)
+            pace.since = time.perf_counter()
             while progress.iteration < intervals.last and not stopped:
                 waiting_since = time.perf_counter()
                 step_batches = [stop.wait_for(batches) for _ in range(self.recipe.accumulate)]
                 waited = time.perf_counter() - waiting_since
                 self.sums += self.step(step_batches)
                 progress.iteration += 1
-                progress.samples += self.recipe.images
+                progress.samples += self.recipe.images_per_iteration
                 speed.count(waited)
                 pace.count()
                 if self.due(intervals.log):
@@ -220,7 +220,7 @@ class Trainer:
     def batches(self, stream, workers):
         """An iterator over the rest of this rank's batches."""
         recipe, progress, processes = self.recipe, self.progress, self.processes
-        last = progress.samples + (self.intervals.last - progress.iteration) * recipe.images
+        last = progress.samples + (self.intervals.last - progress.iteration) * recipe.images_per_iteration
         order = BatchOrder(progress.samples, last, recipe.batch_size, recipe.accumulate, processes.rank,
                            processes.count)
         return iter(train_batches(stream, order, workers, pins_memory(self.device)))
@@ -231,13 +231,13 @@ class Trainer:
     def step(self, batches):
         """One iteration: the gradients of some batches of `train_batches`, then one optimizer step.
 
-        A step with NaN or Inf in the loss or the gradients is left out: it changes neither parameters nor momentum nor
+        A step with NaN or Inf in the loss or the gradients is skipped: it changes neither parameters nor momentum nor
         BN statistics, on any rank.
-        -> float32 [5], on the device: the mean losses (total, main, auxiliary) and 1, or zeros where the loss is NaN or
-        Inf; 1 if the step was left out. Nobody waits for it: log and save read it.
+        -> float32 [5], on the device, without a synchronisation with it: the mean losses (total, main, auxiliary) and
+        1, or zeros if the loss is NaN or Inf; 1 if the step was skipped
         """
         recipe, iteration = self.recipe, self.progress.iteration
-        # Nothing random outlives an iteration, so that a resumed run draws what an uninterrupted one draws.
+        # Seeded in each iteration, so that a resumed run draws the same dropout masks as an uninterrupted one.
         seed = np.random.SeedSequence([recipe.seed, iteration, self.processes.rank]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         for group in self.optimizer.param_groups:
@@ -249,15 +249,15 @@ class Trainer:
             for number, batch in enumerate(batches, 1):
                 with self.exchanging_gradients(number == len(batches)):
                     losses = losses + self.gradients_of(to_device(batch, self.device), 1 / len(batches))
-        left_out = self.precision.step(self.optimizer)
+        skipped = self.precision.step(self.optimizer)
+        self.statistics.restore_if(skipped)
         finite = losses[0].isfinite()
-        self.statistics.restore_if(left_out | ~finite)
         self.nan_run = torch.where(finite, 0, self.nan_run + 1)
         self.longest_nan_run = torch.maximum(self.longest_nan_run, self.nan_run)
-        return torch.cat([torch.where(finite, losses, 0.0), torch.stack([finite, left_out]).float()])
+        return torch.cat([torch.where(finite, losses, 0.0), torch.stack([finite, skipped]).float()])
 
     def exchanging_gradients(self, last):
-        """Ranks exchange gradients with the last batch of a step."""
+        """A context: DistributedDataParallel averages the gradients in the last batch of a step only."""
         if last or self.processes.count == 1:
             return contextlib.nullcontext()
         return self.network.no_sync()
@@ -267,7 +267,8 @@ class Trainer:
         images = prepare(batch["image"], self.model.form, batch["size"], batch["jitter"])
         with self.precision.autocast():
             losses = self.network(images, batch["label"]) * weight
-        self.precision.backward(losses[0], self.optimizer)
+        # A sum that overflows may have finite gradients: NaN times them makes every rank skip the step.
+        self.precision.backward(losses[0] * torch.where(losses[0].isfinite(), 1.0, math.nan), self.optimizer)
         return losses.detach()
 
     def log(self, sums, speed):
@@ -294,7 +295,7 @@ class Trainer:
                         + (f"  skipped steps {self.progress.skipped}" if self.progress.skipped else ""))
 
     def check_nan(self):
-        """Raises RunError if the loss was NaN or Inf for too many steps in a row."""
+        """Raises RunError after MAX_NAN_STEPS consecutive steps whose loss was NaN or Inf."""
         if self.longest_nan_run >= MAX_NAN_STEPS:
             raise RunError(f"the loss was NaN or Inf for {int(self.longest_nan_run)} steps in a row, at iteration "
                            f"{self.progress.iteration}; lower --lr{self.way_back()}")
@@ -304,8 +305,8 @@ class Trainer:
         return "" if self.saved is None else f", or go on from one of {self.folder.checkpoints} by --resume"
 
     def evaluate(self, val_data, val_sizes, workers, stop):
-        """Scores the model, and saves it if it is the best so far. A signal ends it without a score, after a checkpoint
-        from which it will be done. -> that signal's number, or 0"""
+        """Scores the model, and saves it if it is the best so far. On a signal it saves and returns without a score;
+        the resumed run evaluates again. -> the signal's number, or 0"""
         iteration, last = self.progress.iteration, self.intervals.last
         if self.processes.count > 1:
             self.statistics.broadcast()
@@ -331,7 +332,7 @@ class Trainer:
         if self.folder.writes:
             try:
                 self.draw(val_data, scores)
-            except Exception as error:  # a training of hours does not end for want of a picture
+            except Exception as error:  # a failed plot does not end a training of hours
                 self.folder.log(f"curves.png or val_samples.png could not be drawn: {first_line(error)}")
         self.train_mode()
         return 0
@@ -355,8 +356,8 @@ class Trainer:
             self.folder.board.flush()
 
     def save(self, iteration, best=False):
-        """Writes a checkpoint, as iter_<iteration>.pth unless that is None; not while the loss is NaN or Inf, as it
-        would hide the last good one. Raises RunError if a value of the network is NaN or Inf."""
+        """Writes a checkpoint, as iter_<iteration>.pth unless that is None. Skipped while the loss is NaN or Inf, so
+        that the last good one stays the newest. Raises RunError if a value of the network is NaN or Inf."""
         if self.nan_run > 0 and self.progress.iteration == self.intervals.last:
             raise RunError(f"the loss is NaN or Inf at the end, iteration {self.progress.iteration}; lower --lr"
                            + self.way_back())

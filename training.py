@@ -299,8 +299,8 @@ def start_lines(trainer, settings, data, device, origin):
             f"network: {recipe.backbone}, {parameters:,} parameters, from {origin}\n"
             f"data: {settings.data_path}, {len(data.classes)} classes, {len(data.train):,} images of "
             f"'{data.train.split}', {len(data.val):,} of '{data.val.split}'{split}\n"
-            f"training: {last:,} iterations of {batch} = {recipe.images} images, "
-            f"{last * recipe.images / len(data.train):.1f} epochs\n"
+            f"training: {last:,} iterations of {batch} = {recipe.images_per_iteration} images, "
+            f"{last * recipe.images_per_iteration / len(data.train):.1f} epochs\n"
             f"files: {trainer.folder.path}" + "".join(f"\nnote: {note}" for note in (font, data.passed_over) if note))
 
 

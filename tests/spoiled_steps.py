@@ -1,8 +1,8 @@
 """Runs a command some of whose training steps go wrong: python spoiled_steps.py WHAT inf|nan STEPS COMMAND...
 
 WHAT: `gradient`: what goes back into the network; `loss`: the network's output, and with it the loss; `input`: the
-images, and with them BN's statistics. STEPS, counted from 1, with commas; 3/1: step 3 in rank 1 alone; 3!: in step 3 a
-SIGTERM comes.
+images, and with them BN's statistics; `sum`: the loss alone, whose gradients stay finite. STEPS, counted from 1, with
+commas; 3/1: step 3 in rank 1 alone; 3!: in step 3 a SIGTERM comes.
 """
 import os
 import runpy
@@ -12,6 +12,7 @@ import sys
 import torch
 
 import fcn8s
+import trainer
 
 what, value, steps, *command = sys.argv[1:]
 value, steps, rank = float(value), steps.split(","), os.environ.get("RANK", "0")
@@ -34,6 +35,12 @@ def spoiled(self, images, size=None):
     return outputs
 
 
+def spoiled_sum(outputs, labels, class_weights=None, losses_of=trainer.losses_of):
+    return losses_of(outputs, labels, class_weights) + (value if str(done) in steps else 0)
+
+
+if what == "sum":
+    trainer.losses_of = spoiled_sum
 fcn8s.FCN8s.forward = spoiled
 sys.argv = command
 runpy.run_path(command[0], run_name="__main__")

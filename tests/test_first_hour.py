@@ -12,6 +12,7 @@ from conftest import ROOT, error_line, metrics, read, run, train, train_flags, u
 
 import advice
 import hubconf
+import speed
 from backbones import published as published_networks
 from train import from_args, parse_args
 from trainer import Intervals, Recipe
@@ -51,7 +52,7 @@ def test_on_a_terminal_a_bar_runs_under_the_log_lines(monkeypatch, tmp_path):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, terminal)
     folder = WorkFolder(tmp_path, "0", writes=True)
-    pace = advice.Pace(folder, torch.device("cpu"), 0, 4)
+    pace = speed.Pace(folder, torch.device("cpu"), 0, 4)
     folder.log("a line")
     pace.bar.close()
     assert re.fullmatch(r"\rtraining: +0%.* 0/4 .*\r +\ra line\n\rtraining: +0%.* 0/4 .*\r +\r", terminal.getvalue())
@@ -65,8 +66,8 @@ def test_a_run_of_more_than_a_day_says_what_shortens_it(monkeypatch, seconds, sa
     class Folder:
         writes, log = True, lines.append
 
-    monkeypatch.setattr(advice.time, "perf_counter", lambda: next(clock))
-    pace = advice.Pace(Folder, torch.device("cpu"), 1000, 3000)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    pace = speed.Pace(Folder, torch.device("cpu"), 1000, 3000)
     for _ in range(10):
         pace.count()
     assert lines[0].startswith("iter 1001/3000 took ") and len(lines) == 1 + said
@@ -76,7 +77,7 @@ def test_a_run_of_more_than_a_day_says_what_shortens_it(monkeypatch, seconds, sa
 @pytest.mark.parametrize("device, changes, intervals, images, words", (
     ("cpu", {}, (50, 1000, 1000, 10_000), 10_000, ["resnet50_d8 at --crop_size 512 is slow on a CPU"]),
     ("cpu", {"backbone": "resnet50", "crop_size": 256}, (50, 1000, 1000, 10_000), 10_000, []),
-    ("cuda", {}, (50, 1000, 1000, 10_000), 16, ["10,000 epochs, each of 16 images"]),
+    ("cuda", {}, (50, 1000, 1000, 10_000), 16, ["10,000 epochs of 16 images"]),
     ("cuda", {}, (50, 1000, 1000, 800), 10_000, ["no evaluation (--eval_interval 1000), no checkpoint"]),
     ("cuda", {}, (50, 100, 100, 800), 10_000, [])))
 def test_what_does_not_fit_the_run_is_named_at_its_start(device, changes, intervals, images, words):

@@ -36,6 +36,15 @@ def test_a_forward_that_is_nan_changes_no_statistics(drawn_voc, tmp_path):
     assert all(value.isfinite().all() and torch.equal(value, networks[1][key]) for key, value in networks[0].items())
 
 
+def test_a_loss_that_overflows_with_finite_gradients_changes_nothing(drawn_voc, tmp_path):
+    train(drawn_voc, tmp_path / "run", "sum", "inf", "2", *EACH)
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run") if "loss" in line] == [0, 1, 1, 1]
+    networks = [state(tmp_path / f"run/ckpt/iter_{number}.pth")["state_dict"] for number in (1, 3, 4)]
+    train(drawn_voc, tmp_path / "twin", "loss", "nan", "2", *EACH)
+    twin = [state(tmp_path / f"twin/ckpt/iter_{number}.pth")["state_dict"] for number in (1, 3, 4)]
+    assert all(torch.equal(value, b[key]) for a, b in zip(networks, twin, strict=True) for key, value in a.items())
+
+
 @pytest.mark.parametrize("what", ("gradient", "input"))
 def test_a_step_is_left_out_on_all_ranks(what, drawn_voc, tmp_path):
     """Though only rank 1, whose network no checkpoint holds, has NaN: rank 0 neither takes the step nor keeps its
