@@ -32,8 +32,9 @@ def scaled_size(height, width, long_side, short_side):
 
 def resize_image(image, size):
     """uint8 [3, H, W] -> uint8 [3, *size]: bilinear, half-pixel centres, no antialiasing, as OpenCV does it."""
-    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # strides by which PyTorch sees that channels are last:
-    return F.interpolate(batch, size, mode="bilinear", align_corners=False)[0]  # it is then twice as fast
+    # With these strides PyTorch sees that the image is channels last, and is twice as fast.
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return F.interpolate(batch, size, mode="bilinear", align_corners=False)[0]
 
 
 def source_pixels(side, out):
@@ -47,7 +48,7 @@ def source_pixels(side, out):
 def count_classes(label, classes, rows, columns):
     """How many pixels of each class label[rows][:, columns] has; rows, columns: rising indices, some of them repeated.
 
-    Instead of making it, this counts each pixel of the label as often as it would be taken: less work, and exact.
+    It weights each source pixel by how often it would be sampled: exact, without making the crop.
     """
     in_rows, in_columns = np.bincount(rows - rows[0]), np.bincount(columns - columns[0]).astype(np.float32)
     region = label[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
@@ -194,7 +195,7 @@ def stack_samples(samples):
 
 @functools.cache
 def constants(device, *rows):
-    """Rows of numbers as tensors [len(row), 1, 1] on a device, made once: a copy empties the device's queue."""
+    """Rows of numbers as tensors [len(row), 1, 1] on a device. Cached: a copy to the device synchronises with it."""
     return [torch.tensor(row, device=device)[:, None, None] for row in rows]
 
 

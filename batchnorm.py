@@ -1,5 +1,5 @@
-"""Batch normalisation: its running statistics undone with a step that is left out, shared among ranks, or frozen; the
-layers synchronised among ranks, or folded into the convolutions before them."""
+"""Batch normalisation: the running statistics of a skipped step restored, broadcast, frozen; layers folded into
+convolutions."""
 import copy
 import itertools
 
@@ -20,9 +20,9 @@ def layers(model):
 
 
 class RunningStatistics:
-    """The running statistics of a model's BN layers, moved into one tensor, so that one operation reaches all.
+    """The running statistics of a model's BN layers, as views of one tensor, so that one operation reaches all.
 
-    To be made once the model is on its device and in its final dtype; a later `model.to` would part them again.
+    Create it after the last `model.to`, which replaces the buffers.
     """
 
     def __init__(self, model):
@@ -32,11 +32,11 @@ class RunningStatistics:
         self.kept = []
 
     def keep(self):
-        """Remembers the statistics as they are now."""
+        """Saves a copy of the statistics."""
         self.kept = [tensor.clone() for tensor in self.tensors]
 
     def restore_if(self, condition):
-        """Takes the remembered ones back where `condition`, a bool tensor [] on the device, holds. Nobody waits."""
+        """Restores the copy if `condition` is true, a bool tensor [] on the device; without a synchronisation."""
         for tensor, kept in zip(self.tensors, self.kept, strict=True):
             tensor.copy_(torch.where(condition, kept, tensor))
 
@@ -58,15 +58,9 @@ def flatten(parts):
 
 
 def freeze(model):
-    """BN layers keep the statistics they have, in training mode, too: for weights trained on more images than a small
-    batch holds. To be called after every `model.train()`."""
+    """Makes BN layers use and keep the statistics they have. To be called after every `model.train()`."""
     for layer in layers(model):
         layer.eval()
-
-
-def synchronise(model):
-    """The model with SyncBatchNorm in place of BN: statistics over the batches of all ranks; the same state dict."""
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 @torch.no_grad()

@@ -82,6 +82,11 @@ def class_weights(text):
         raise argparse.ArgumentTypeError(f"{text}: a line {error}") from None
 
 
+def usable_cores():
+    """How many cores this process may use; a container or a scheduler may grant fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def run(main, prog):
     """Calls `main()` and exits with the status that it returns. Errors that the user can mend are one line.
 

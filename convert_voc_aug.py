@@ -3,7 +3,6 @@
 
 A run that was interrupted continues: it keeps every label that is whole and newer than its .mat file.
 """
-import os
 import signal
 import sys
 
@@ -19,7 +18,7 @@ def parse_args(argv=None):
                         help="the folder that holds VOC2012, say data/VOCdevkit")
     parser.add_argument("aug", metavar="AUG", type=cli.file_path,
                         help="SBD's folder, with dataset/cls or cls in it, say data/VOCdevkit/VOCaug")
-    parser.add_argument("--nproc", type=cli.number(1, 1024), default=os.cpu_count(), metavar="N",
+    parser.add_argument("--nproc", type=cli.number(1, 1024), default=cli.usable_cores(), metavar="N",
                         help="processes (default: the CPU cores, here %(default)s)")
     parser.add_argument("-o", dest="out_dir", type=cli.file_path, metavar="DIR",
                         help="where the PNGs go (default: DEVKIT/VOC2012/SegmentationClassAug, where train.py looks)")

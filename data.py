@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from errors import DataError
-from voc import CLASSES, VOC, no_data, passed_over, read_classes
+from voc import CLASSES, LISTS, VOC, read_classes
 
 DATA_SET = VOC  # to use another data set, put its class here; VOC's docstring says what it must offer
 CLASS_NAMES = "class_names.txt"  # in the data folder, as labelme2voc writes it
+DEFAULT_FRACTION = 0.2  # of the images with labels, to evaluate on
 SPLIT_PURPOSE = 2  # of the seed, beside those of augment.TrainStream
 
 
@@ -19,13 +20,13 @@ class TrainingData:
 
     classes: their names; train, val: data sets
     lists: {"train": ids, "val": ids} where the data folder holds no lists, for the checkpoint; else None
-    passed_over: the files beside the images that Pillow does not read, where there are no lists, in words; or None
+    skipped: a note on the files that Pillow does not read, for a folder without lists; or None
     """
     classes: tuple
     train: object
     val: object
     lists: dict | None
-    passed_over: str | None = None
+    skipped: str | None = None
 
 
 def open_training(root, classes_file, train_split, val_split, val_fraction, seed, lists=None):
@@ -46,17 +47,16 @@ def open_training(root, classes_file, train_split, val_split, val_fraction, seed
         return TrainingData(classes, DATA_SET(root, train_split), DATA_SET(root, val_split), None)
     if lists is None:
         if classes_file is None:
-            raise DataError(f"{root}: {no_data(root)}")
+            raise DataError(f"{root}: " + (DATA_SET.missing(root) or (
+                f"holds images and labels, but neither lists in {LISTS} nor {CLASS_NAMES}; name your classes, one a "
+                f"line, in {CLASS_NAMES} there or by --classes FILE")))
         for flag, split, usual in (("train", train_split, None), ("val", val_split, "val")):
             if split not in (usual, flag):
                 raise DataError(f"--{flag}_split {split} has no effect: {root} holds no lists; make them, or leave it "
                                 "out")
         lists = split_by_seed(root, DEFAULT_FRACTION if val_fraction is None else val_fraction, seed)
     return TrainingData(classes, DATA_SET(root, "train", lists["train"]), DATA_SET(root, "val", lists["val"]), lists,
-                        passed_over(root))
-
-
-DEFAULT_FRACTION = 0.2  # of the images with labels, to evaluate on
+                        DATA_SET.skipped(root))
 
 
 def split_by_seed(root, fraction, seed):
@@ -64,7 +64,7 @@ def split_by_seed(root, fraction, seed):
     ids = DATA_SET.labelled_ids(root)
     if len(ids) < 2:
         raise DataError(f"{root}: holds {len(ids)} images with labels; at least 2 are needed, one to train on and one "
-                        "to evaluate on" + (f"; {passed_over(root)}" if passed_over(root) else ""))
+                        "to evaluate on" + (f"; {DATA_SET.skipped(root)}" if DATA_SET.skipped(root) else ""))
     order = np.random.default_rng([seed, SPLIT_PURPOSE]).permutation(len(ids))
     count = min(max(1, round(fraction * len(ids))), len(ids) - 1)
     return {"train": sorted(ids[i] for i in order[count:]), "val": sorted(ids[i] for i in order[:count])}

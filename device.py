@@ -49,7 +49,7 @@ def sees_overflows():
     return getattr(utils, "is_support_inf_nan", lambda: True)()
 
 
-@functools.cache  # a second import of a torch_npu that failed would fail otherwise
+@functools.cache  # a second import of a broken torch_npu raises another error
 def problem(kind):
     """Why there is no device of a kind (npu or cuda), in one line; None if there is one."""
     if kind == "cuda":
@@ -73,13 +73,8 @@ def describe(device, asked):
     return f"{device} ({'; '.join([what, *(f'no {kind}: {problem(kind)}' for kind in passed_over)])})"
 
 
-def usable_cores():
-    """How many cores this process may use; a container or a scheduler may grant fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def synchronize(device):
-    """Waits until the device has done what was asked of it; a clock read before that tells nothing."""
+    """Waits until the device has finished its queued work, for a clock to mean something."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
 
@@ -120,7 +115,8 @@ def to_device(batch, device):
 
 @contextlib.contextmanager
 def memory_errors(remedy):
-    """That memory ran out meanwhile becomes a RunError. On a CPU only the text tells, as on an NPU of some versions."""
+    """Turns an out-of-memory error into a RunError. On a CPU, and in some versions of torch_npu, that is a bare
+    RuntimeError, which only its text tells."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

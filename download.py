@@ -28,6 +28,8 @@ class DownloadError(UserError):
 def fetch(archive, target):
     """Downloads an archive and unpacks its folder as `target`, unless that exists. `archive`: (URL, MD5, folder)."""
     url, md5, inner = archive
+    if not hasattr(tarfile, "data_filter"):
+        raise DownloadError(f"Python {sys.version.split()[0]} cannot unpack safely; take a newer release")
     if not target.parent.is_dir():
         check_writable(target.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,8 +123,6 @@ def md5_of(file):
 def unpack(file, inner, target):
     """Unpacks the folder `inner` of a tar file as `target`, whole or not at all. tarfile's filter "data" refuses
     members that would leave the folder, devices and the like."""
-    if not hasattr(tarfile, "data_filter"):
-        raise DownloadError(f"Python {sys.version.split()[0]} cannot unpack safely; take Python 3.11.4 or later")
     scratch = target.with_name(f".{target.name}.unpacking")
     shutil.rmtree(scratch, ignore_errors=True)  # of an unpacking that was killed
     try:

@@ -7,9 +7,20 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from errors import UserError
+from errors import DataError, UserError
 
 TEMPORARY = ".{}.tmp"  # the name of a file that is being written; short, so that a long name of the result stays legal
+
+
+def read_lines(path):
+    """The lines of a UTF-8 text, without blank ones and white space around them. Raises DataError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text; save it as that") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 @contextlib.contextmanager
@@ -83,4 +94,4 @@ def check_no_overlap(read, written, flag):
     inputs = {kind for path in read for kind in (os.path.abspath(path), os.path.realpath(path))}
     for path in written:
         if os.path.abspath(path) in inputs or os.path.realpath(path) in inputs:
-            raise UserError(f"{flag}: would overwrite {path}, which is read; name another place")
+            raise UserError(f"{flag}: would overwrite {path}; name another place")

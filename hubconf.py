@@ -2,7 +2,7 @@
 
 They take normalised RGB images [N, 3, H, W] (see augment.normalise) and return {"out": logits [N, C, H, W]}.
 """
-dependencies = ["torch", "numpy", "PIL"]
+dependencies = ["torch", "numpy", "PIL", "tqdm"]
 
 
 def fcn8s(checkpoint, backbone=None, at_once=False):

@@ -48,8 +48,12 @@ class Protocol:
     amp: bool = False
 
     def with_scale_of(self, checkpoint):
-        """The same; a scale of None becomes the checkpoint's."""
-        return dataclasses.replace(self, scale=self.scale or checkpoint.scale())
+        """The same; a scale of None becomes the checkpoint's, with the padding that it was evaluated with."""
+        if self.scale:
+            return self
+        whole_image = not self.slide and self.ratios == (1.0,)
+        pad_to = self.pad_to or (checkpoint.pad_to() if whole_image else None)
+        return dataclasses.replace(self, scale=checkpoint.scale(), pad_to=pad_to)
 
     def batch_on(self, device):
         return self.batch_size or (1 if device.type == "cpu" else TOGETHER)
@@ -64,21 +68,27 @@ class Protocol:
             return [None]
         return [tuple(int(side * ratio) for side in self.scale) for ratio in self.ratios]
 
-    def check(self, sizes):
-        """Raises DataError if images of these (H, W) cannot go through."""
+    def check_scales(self):
+        """Raises DataError for ratios that cannot be."""
         if self.ratios != (1.0,) and self.scale is None:
             raise DataError("--ratios are multiples of a scale; add --scale LONG SHORT")
         for scale in self.scales():
             if scale and min(scale) < 1:
                 raise DataError(f"--ratios: {min(self.ratios)} of {self.scale[0]}x{self.scale[1]} leaves no pixel; "
                                 "take a larger one")
+
+    def check(self, sizes):
+        """Raises DataError if images of these (H, W) cannot go through."""
+        self.check_scales()
+        for scale in self.scales():
             largest = max(max(size if scale is None else scaled_size(*size, *scale)) for size in sizes)
             if self.pad_to and largest > self.pad_to:
                 raise DataError(f"--pad_to {self.pad_to}: images of up to {largest} pixels a side do not fit; add "
                                 f"--scale {self.pad_to} {self.pad_to}, or pad to more")
 
     def __str__(self):
-        return f"fitted into {self.scale[0]}x{self.scale[1]}" if self.scale else "of their own size"
+        size = f"fitted into {self.scale[0]}x{self.scale[1]}" if self.scale else "of their own size"
+        return size + (f", padded to {self.pad_to}x{self.pad_to}" if self.pad_to else "")
 
 
 class Predictor:
@@ -97,6 +107,7 @@ class Predictor:
         self.names = self.checkpoint.names() or tuple(f"class {number}" for number in range(model.num_classes))
         self.colours = self.checkpoint.colours()
         self.protocol = protocol.with_scale_of(self.checkpoint)
+        self.protocol.check_scales()
         self.model = fold(place(model, self.device).eval())
 
     def __call__(self, photograph):
@@ -153,7 +164,7 @@ def one_shape_batches(sizes, batch_size):
 def evaluate(model, data, sizes, protocol, device, workers, processes=None, each=None, stop=None):
     """The confusion matrix of a data set, over all ranks.
 
-    sizes: (H, W) of the images to score, the first of the list; among ranks the images are split
+    sizes: (H, W) of the first len(sizes) images of the list, which are scored, split among the ranks
     each: called with the index of each image and its class map, NumPy uint8 [H, W]
     stop: a StopSignal; when a stop is asked for, the matrix is returned unfinished
     -> int64 [C, C], row: the label's class, column: the predicted one; the pixels labelled IGNORE are left out

@@ -21,19 +21,19 @@ def label(photographs, save_dir, overlay, csv_file, checkpoint, device, **networ
 
     A file that cannot be labelled is an error line and status 1; the others are done.
     """
-    every, passed_over = find_photographs(photographs, save_dir)
+    every, skipped = find_photographs(photographs, save_dir)
     found, problems = one_of_each_name(every)
     written = [target for name in found.values() for target in targets(save_dir, name, overlay).values()]
-    check_no_overlap([*every, *([csv_file] if csv_file else [])], written, f"--save_dir {save_dir}")
+    check_no_overlap(every, written, f"--save_dir {save_dir}")
     check_writable(save_dir)
     if csv_file:
-        check_no_overlap([*every, checkpoint], [csv_file], f"--csv {csv_file}")
+        check_no_overlap([*every, *written, checkpoint], [csv_file], f"--csv {csv_file}")
         check_new_file(csv_file)
     predictor = Predictor(checkpoint, device, **network)
     print(f"{predictor.checkpoint.backbone} from {predictor.checkpoint.source}: {predictor.checkpoint.kind}\n"
           f"{len(found)} photographs, {predictor.protocol}, on {describe(predictor.device, device)}, "
           f"{predictor.protocol.precision(predictor.device)}")
-    for line in passed_over:
+    for line in skipped:
         print(line)
     shares = {}
     for path, name in tqdm(found.items(), "labelling", unit="photograph", leave=False, disable=None):
@@ -56,7 +56,7 @@ def find_photographs(inputs, save_dir):
     -> ({path: name without extension, relative to the folder that was named}, lines about the files passed over)
     """
     Image.init()
-    found, passed_over, out = {}, [], save_dir.resolve()
+    found, skipped, out = {}, [], save_dir.resolve()
     for given in inputs:
         if not given.exists():
             raise DataError(f"{given}: there is no such photograph or folder")
@@ -71,10 +71,10 @@ def find_photographs(inputs, save_dir):
             if path.suffix.lower() in Image.EXTENSION:
                 found.setdefault(path, str(path.relative_to(given).with_suffix("")))
             else:
-                passed_over.append(f"passed over, Pillow does not know its format: {path}{heic_remedy([path])}")
+                skipped.append(f"skipped, Pillow does not know its format: {path}{heic_remedy([path])}")
     if not found:
         raise DataError(f"{inputs[0]}: holds no photographs that Pillow reads")
-    return found, passed_over
+    return found, skipped
 
 
 def one_of_each_name(found):

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cli import Parser, number
+from cli import Parser, number, usable_cores
 from errors import DeviceError, first_line
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
@@ -188,7 +188,7 @@ def set_environment(how, notes):
     os.environ[NOTES], os.environ[LAUNCHER] = notes, str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_TIME))  # old PyTorch always waits 30 s
     # torchrun would set 1; these are the cores that each process has, and it then warns about nothing.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // len(how.device_list))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // len(how.device_list))))
     if how.local_addr:
         os.environ.setdefault("HCCL_IF_IP", how.local_addr)
 

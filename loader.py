@@ -11,8 +11,7 @@ from multiprocessing.connection import wait
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cli import kill_children
-from device import usable_cores
+from cli import kill_children, usable_cores
 from errors import RunError, UserError, first_line
 
 WORKERS = 4  # a process's, where the cores suffice

@@ -20,8 +20,8 @@ WRONG = (220, 40, 30)  # red, over a photograph in greys
 GREYS = [32 + value * 5 // 8 for value in range(256)]  # of that photograph; its contrast is lowered
 WHITE, BLACK, FRAME = (255, 255, 255), (0, 0, 0), (120, 120, 120)
 TEXT, TITLE = 16, 20  # height of the letters in pixels, at least, and of a grid's title
-TEXT_PART = 32  # on large pictures they are that part of the side of a square of the same area
-OUTLINE_PART = 20  # the lines around the classes are that part of the letters, and a pixel at least
+TEXT_PART = 32  # on large pictures the height of the letters is the square root of the area over this
+OUTLINE_PART = 20  # the lines around the classes are the height of the letters over this, and at least a pixel
 STRIP_PIXELS = 2 ** 22  # an overlay is made in strips of so many, to need little memory
 PANEL_SIDES = (320, 1024)  # the long side of a comparison's panels is brought between these, in pixels
 SAMPLE_BOX = (240, 200)  # width and height that the pictures in a grid of samples are fitted into, in pixels
@@ -62,7 +62,7 @@ def overlay(image, classes, names, colours):
     canvas.paste(below, (0, height))
     line, rows = max(1, size // OUTLINE_PART), math.ceil(STRIP_PIXELS / width)
     for top in range(0, height, rows):
-        above = min(line, top)  # rows more, above and below, in which an outline may begin
+        above = min(line, top)  # extra rows on both sides, so that outlines continue across strips
         part = slice(top - above, top + rows + line)
         strip = tinted(Image.fromarray(image[part]), classes[part], colours, line)
         canvas.paste(strip.crop((0, above, width, above + min(rows, height - top))), (0, top))
@@ -118,7 +118,7 @@ def tinted(photograph, classes, colours, line):
 
 
 def outlines(classes, line):
-    """bool [H, W]: pixels of a class within `line` pixels of another; not of 0, and not at IGNORE, a line itself."""
+    """bool [H, W]: pixels with another class `line` pixels away; none of class 0, and none at IGNORE, a line itself."""
     found = np.zeros(classes.shape, bool)
     for other, here in ((classes, found), (classes.T, found.T)):
         length = max(0, len(other) - line)

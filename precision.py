@@ -51,7 +51,7 @@ def choose_precision(device, amp=False, opt_level=None, loss_scale=None, backend
 def prefers_native(device, opt_level, dtype):
     """Whether PyTorch's own AMP is taken where the user names none.
 
-    NVIDIA's apex waits for the device in each step, so on CUDA it is not taken for O1; Ascend's combines the gradients.
+    NVIDIA's apex synchronises in each step, so on CUDA it is not taken for O1; Ascend's combines the gradients.
     """
     if opt_level not in NATIVE_LEVELS:
         return False
@@ -92,14 +92,14 @@ def name_of(dtype):
 
 
 def fused_sgd(parameters, device, precision, lr, momentum, weight_decay):
-    """SGD in the form that updates all parameters in the fewest steps that the device has to be told."""
+    """SGD with the fewest kernel launches on the device."""
     settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     if device.type == "npu":
         return precision.npu_sgd()(parameters, **settings)
     optimizer = torch.optim.SGD(parameters, fused=True, **settings)
     if momentum:
-        # It leaves out a step with infinite gradients by itself, and if that is the first one, starts the next from
-        # momentum that nobody set (PyTorch 2.15 still). From 0 the first step is the same.
+        # It skips a step with infinite gradients by itself. If that is the first one, momentum stays uninitialised
+        # (PyTorch 2.15 still). From zeros the first step is the same.
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -135,7 +135,7 @@ class Precision:
         return torch_npu.optim.NpuFusedSGD
 
     def wrap(self, model, optimizer):
-        """The two to train with, for a model that is on its device, before it is wrapped in DistributedDataParallel."""
+        """(model, optimizer) to train with. Call it after `model.to(device)` and before DistributedDataParallel."""
         return model, optimizer
 
     def autocast(self):
@@ -153,14 +153,16 @@ class Precision:
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer):
-        """The optimizer step. -> whether it was left out, as the gradients held Inf or NaN: bool [] on the device, so
-        that nobody has to wait for it."""
+        """The optimizer step. -> whether it was skipped, as the gradients held Inf or NaN: bool [] on the device
+
+        Without a synchronisation on CUDA; on an NPU GradScaler has one, as the fused SGD there does not skip by itself.
+        """
         self.scaler.step(optimizer)
-        # PyTorch has no public way to ask; comparing scales waits for the device, and tells nothing of a static one.
-        left_out = sum(self.scaler._found_inf_per_device(optimizer).values()) > 0
+        # PyTorch has no public way to ask. Comparing scales synchronises, and tells nothing of a static one.
+        skipped = sum(self.scaler._found_inf_per_device(optimizer).values()) > 0
         # A number or tensor sets the scale, None lets it grow and back off.
-        self.scaler.update(self.static_scale if self.arithmetic is None else self.arithmetic.update(left_out))
-        return left_out
+        self.scaler.update(self.static_scale if self.arithmetic is None else self.arithmetic.update(skipped))
+        return skipped
 
     def state_dict(self):
         if self.static_scale is not None:
@@ -171,7 +173,7 @@ class Precision:
         return {"scaler": state}
 
     def load_state_dict(self, state):
-        """Takes over what state_dict of the same precision gave; from another one there is nothing to take over."""
+        """Loads what `state_dict` gave. The state of another precision is ignored."""
         if self.static_scale is None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
             if self.arithmetic is not None:
@@ -179,7 +181,7 @@ class Precision:
 
 
 class ArithmeticScale:
-    """A dynamic loss scale, updated by plain arithmetic on the device, so that nobody waits for it."""
+    """A dynamic loss scale, updated by plain arithmetic on the device."""
 
     def __init__(self, device, start=2.0 ** 16):
         self.scale = torch.full((), start, device=device)
@@ -269,7 +271,8 @@ class ApexPrecision:
         return state
 
     def load_state_dict(self, state):
-        """To be called before the optimizer's, whose momentum it would round to float16 in O2."""
+        """Call it before the optimizer's load_state_dict. In O2 its `zero_grad` makes apex create the float32 master
+        weights; momentum loaded before would have been rounded to float16."""
         if self.loss_scale == "dynamic" and "amp" in state:
             self.amp.load_state_dict(state["amp"])
         if self.opt_level == "O2" and "master_weights" in state:

@@ -81,7 +81,7 @@ def write_results(folder, recipe, progress, performance):
     write_summary(folder.path, recipe.backbone, recipe.batch_size, cards, "perf" if performance else "acc", {
         "ActualFPS": result["fps"],
         "TrainingTime": result["fps"] and 1000 * recipe.images_per_iteration / result["fps"],  # ms an iteration
-        "mIoU": (best["mIoU"] or 0) / 100, "ActualLoss": result["loss"], "E2ETrainingTime": progress.seconds})
+        "mIoU": best["mIoU"] and best["mIoU"] / 100, "ActualLoss": result["loss"], "E2ETrainingTime": progress.seconds})
     return result
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cli import kill_children
 from download import fetch
 from errors import DataError, RunError, first_line
-from files import check_writable, remove_leftovers, whole_file, write_whole
+from files import check_writable, read_lines, remove_leftovers, whole_file, write_whole
 from palette import palette
 
 NUM_CLASSES = 21
@@ -64,10 +64,7 @@ def convert_data_set(devkit, aug, out_dir, processes):
 def read_list(path):
     if not path.is_file():
         raise DataError(f"{path}: there is no such list; DEVKIT is the folder that holds VOC2012, or use --download")
-    try:
-        return set(path.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: the list is not UTF-8 text; save it as that") from None
+    return set(read_lines(path))
 
 
 def find_labels(aug):

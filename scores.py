@@ -17,9 +17,9 @@ MEANS = ("aAcc", "mIoU", "mAcc")
 def confusion_matrix(label, prediction, num_classes):
     """uint8 tensors [H, W] -> int64 [C, C], row: the label's class, column: the predicted one, without IGNORE."""
     pairs, length = label.int().mul_(num_classes).add_(prediction).ravel(), (IGNORE + 1) * num_classes
-    if label.device.type == "cpu":  # it takes 4-byte numbers as they are, and is then twice as fast as NumPy's
+    if label.device.type == "cpu":  # torch.bincount takes int32 on a CPU, twice as fast as NumPy's int64
         counts = torch.bincount(pairs, minlength=length)
-    else:  # bincount waits for the device, to learn the largest number
+    else:  # bincount synchronises with the device, to learn the largest number
         counts = torch.zeros(length, dtype=torch.int64, device=label.device)
         counts.scatter_add_(0, pairs.long(), torch.ones_like(pairs, dtype=torch.int64))
     return counts.reshape(-1, num_classes)[:num_classes]
@@ -46,31 +46,33 @@ def mean_of(values):
     return float(values.mean()) if values.size else math.nan
 
 
+def number(value, style):
+    """A number as text; `-` for None and NaN."""
+    return "-" if value is None or math.isnan(value) else format(value, style)
+
+
 def for_json(scores, names):
     """`scores_of`'s result as JSON takes it: NaN is None, and the scores of a class go by its name."""
-    def number(value):
+    def finite(value):
         return None if math.isnan(value) else value
 
-    return {**{name: number(scores[name]) for name in MEANS},
-            **{name: {cls: number(value) for cls, value in zip(names, scores[name], strict=True)}
+    return {**{name: finite(scores[name]) for name in MEANS},
+            **{name: {cls: finite(value) for cls, value in zip(names, scores[name], strict=True)}
                for name in ("IoU", "Acc")}}
 
 
 def format_table(scores, classes):
     """The scores of each class as lines of text; `-` where there is none."""
-    def cell(value):
-        return f"{'-' if np.isnan(value) else format(value, '.2f'):>8}"
-
     def columns(name):  # Chinese characters and the like are two columns wide
         return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name)
 
     width = max(14, *(columns(name) + 2 for name in classes))
     lines = [f"{'class':<{width}}{'IoU':>8}{'Acc':>8}"]
-    lines += [name + " " * (width - columns(name)) + cell(iou) + cell(acc)
+    lines += [f"{name}{' ' * (width - columns(name))}{number(iou, '.2f'):>8}{number(acc, '.2f'):>8}"
               for name, iou, acc in zip(classes, scores["IoU"], scores["Acc"], strict=True)]
     return "\n".join(lines)
 
 
 def summary(scores):
     """The three means in words; `-` for NaN."""
-    return "  ".join(f"{name} {'-' if math.isnan(scores[name]) else format(scores[name], '.2f')}" for name in MEANS)
+    return "  ".join(f"{name} {number(scores[name], '.2f')}" for name in MEANS)

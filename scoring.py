@@ -1,6 +1,7 @@
 """A run of evaluate.py: scores a checkpoint on a list, on one card or several."""
 import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from inference import evaluate
 from loader import default_workers
 from processes import Processes
 from record import write_summary
-from scores import for_json, format_table, scores_of, summary
+from scores import MEANS, for_json, format_table, scores_of, summary
 from voc import read_classes
 from weights import Checkpoint
 
@@ -89,8 +90,8 @@ def class_names(settings, checkpoint):
     names = read_classes(settings.classes) if settings.classes else checkpoint.names()
     count = checkpoint.num_classes
     if names is None or len(names) != count:
-        whose = f"{settings.classes} has {len(names)}" if names else "it does not name them"
-        raise WeightsError(f"{settings.checkpoint}: is for {count} classes, {whose}; name its own by --classes FILE")
+        whose = f"{settings.classes} has {len(names)}" if names else "but no names of them"
+        raise WeightsError(f"{settings.checkpoint}: has {count} classes, {whose}; pass its own by --classes FILE")
     return names
 
 
@@ -115,7 +116,7 @@ def write_run_summary(settings, checkpoint, protocol, device, processes, scores,
     """The Ascend port's summary of an evaluation, beside a checkpoint of train.py."""
     if checkpoint.training is None:
         return
-    values = {name: "None" if scores[name] != scores[name] else scores[name] / 100 for name in ("aAcc", "mIoU", "mAcc")}
+    values = {name: None if math.isnan(scores[name]) else scores[name] / 100 for name in MEANS}
     try:
         write_summary(Path(settings.checkpoint).parent, checkpoint.backbone, protocol.batch_on(device),
                       processes.count, "val", {**values, "ValTime": seconds, "E2EValTime": all_seconds})

@@ -135,7 +135,7 @@ def check_usage(parser, args):
     if args.sync_bn and args.freeze_bn:
         parser.error("--sync_bn has no effect with --freeze_bn, which takes no statistics")
     if args.performance and args.resume:
-        parser.error("--performance and --resume do not go together: what a performance run measures, it measures anew")
+        parser.error("--performance and --resume do not go together: a performance run always starts afresh")
     for flag in ("eval_interval", "checkpoint_interval"):
         if args.performance and getattr(args, flag) <= WARM_UP_ITERS and getattr(args, flag) < args.max_iters:
             parser.error(f"--performance --{flag} {getattr(args, flag)}: pauses so often that nothing is left to "

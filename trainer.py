@@ -21,7 +21,7 @@ from inference import Protocol, classify, evaluate
 from palette import palette
 from precision import fused_sgd
 from processes import StoppedWaiting, StopSignal
-from scores import for_json, format_table, scores_of, summary
+from scores import for_json, format_table, number, scores_of, summary
 from speed import Pace, Speed
 from voc import IGNORE
 
@@ -139,7 +139,9 @@ class Trainer:
         self.lists = lists
         self.recipe, self.device, self.precision, self.processes = recipe, device, precision, processes
         self.folder, self.intervals, self.classes = folder, intervals, classes
-        model = place(batchnorm.synchronise(model) if recipe.sync_bn else model, device)
+        if recipe.sync_bn:  # the keys of the state dict stay the same
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = place(model, device)
         optimizer = fused_sgd([p for p in model.parameters() if p.requires_grad], device, precision, recipe.lr,
                               recipe.momentum, recipe.weight_decay)
         self.model, self.optimizer = precision.wrap(model, optimizer)
@@ -393,8 +395,3 @@ def ddp_settings(device, precision):
     parameters = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # since PyTorch 2.13
     return {name: False, "gradient_as_bucket_view": device.type != "npu" and precision.bucket_views}
-
-
-def number(value, style):
-    """A number as text; `-` for None and NaN."""
-    return "-" if value is None or math.isnan(value) else format(value, style)

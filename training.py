@@ -1,4 +1,4 @@
-"""A run of train.py, assembled: device, data, network, trainer; where it resumes; what it says at its ends."""
+"""A run of train.py, assembled: device, data, network and trainer, and what it logs at its start and its end."""
 import dataclasses
 import importlib.util
 import json
@@ -15,18 +15,20 @@ import advice
 from augment import TrainAugmentation, TrainStream
 from data import digest, open_training
 from device import choose_device, describe, memory_errors
-from errors import DataError, RunError, WeightsError, first_line
+from errors import DataError, RunError
 from fcn8s import FCN8s
 from fonts import missing_font
 from inference import Protocol
 from launch import BEGUN
 from loader import default_workers
 from precision import ApexPrecision, check_network, choose_precision
-from processes import Processes, exit_status, note, restarted
+from processes import Processes, exit_status, note
 from record import start_record, write_results
-from trainer import Intervals, Progress, Trainer
-from weights import Checkpoint, load_exactly, load_imagenet
-from work_folder import DYING_TIME, WorkFolder
+from resume import find_start, load_resumed, resume
+from scores import number
+from trainer import Intervals, Trainer
+from weights import Checkpoint, load_imagenet
+from work_folder import WorkFolder
 
 PERFORMANCE_ITERS = 1000  # where a performance run stops
 
@@ -101,6 +103,7 @@ def run(recipe, settings, processes):
     if settings.performance and start is None:
         folder.clear()  # find_start saw that it holds nothing else
     folder.open(start and start[0], trainer.progress)
+    del start  # it holds the weights and the momentum once more
     if note(BEGUN):
         note(BEGUN).touch()
     if settings.tensorboard:
@@ -134,26 +137,6 @@ def work_folder(settings, device, processes):
         device_ids = ",".join(map(str, range(processes.count))) if processes.count > 1 else str(device.index or 0)
     path = settings.work_dir or Path("output", device_ids, "FCN_prof" if settings.performance else "FCN")
     return WorkFolder(path, device_ids, processes.rank == 0, settings.keep)
-
-
-def find_start(settings, folder):
-    """(file, Checkpoint) to go on from, or None to start afresh. Raises RunError rather than overwrite another run."""
-    folder.lock(DYING_TIME if restarted() else 0)
-    measured = any(entry["performance"] for entry in folder.records())
-    if measured and not restarted():
-        if settings.performance:
-            return None
-        raise RunError(f"{folder.path}: holds a --performance run, which cannot be resumed; name another folder by "
-                       "--work_dir")
-    if settings.resume == "auto" or restarted():
-        found = folder.newest()
-        if found is not None or settings.resume in (None, "auto"):
-            return found
-    own = settings.resume is not None and Path(settings.resume).resolve().parent == folder.checkpoints.resolve()
-    if folder.holds_run() and not (own or restarted()):
-        remedy = "" if settings.performance else "go on with it by --resume auto, or "
-        raise RunError(f"{folder.path}: holds a run already; {remedy}name another folder by --work_dir")
-    return settings.resume and (Path(settings.resume), Checkpoint.read(settings.resume))
 
 
 def open_data(recipe, settings, lists, processes):
@@ -217,76 +200,6 @@ def load_start(model, recipe, settings, classes, start):
     return Checkpoint.read(settings.pretrained, recipe.backbone, settings.at_once).start(model, classes)
 
 
-def load_resumed(model, recipe, classes, path, checkpoint):
-    """Loads the weights of a checkpoint to go on from. -> its origin and what is different now, in words
-
-    Raises WeightsError or RunError if it cannot be the same run.
-    """
-    if checkpoint.training is None:
-        raise WeightsError(f"{path}: holds no training state; start from its weights with --pretrained {path}")
-    for key, theirs, ours in (("backbone", checkpoint.backbone, model.backbone_name),
-                              ("num_classes", checkpoint.meta.get("num_classes"), model.num_classes)):
-        if theirs != ours:
-            raise WeightsError(f"{path}: has {key} {theirs}, this run {ours}; they must be the same to resume")
-    if checkpoint.names() != tuple(classes):
-        raise WeightsError(f"{path}: its classes have other names ({', '.join(checkpoint.names())}); give them by "
-                           f"--classes, or start from its weights with --pretrained {path}")
-    was = recipe_of(checkpoint.meta)
-    if was.get("seed") != recipe.seed:
-        raise RunError(f"{path}: is of a run with --seed {was.get('seed')}, not {recipe.seed}; a run keeps its seed")
-    if (checkpoint.iteration() or 0) > recipe.max_iters:
-        raise RunError(f"{path}: is of iteration {checkpoint.iteration()}, past --max_iters {recipe.max_iters}")
-    model.use_form(checkpoint.form)
-    load_exactly(model, checkpoint.state, path)
-    return "; ".join([f"{path}, iteration {checkpoint.iteration()}", *changes(was, recipe, checkpoint)])
-
-
-def recipe_of(meta):
-    """The recipe in a checkpoint's meta: a dict of Recipe's fields. Older checkpoints hold a part of them."""
-    older = {name: meta[name] for name in ("seed", "ranks", "batch_size", "backbone") if name in meta}
-    return {**older, **meta.get("recipe", {})}
-
-
-def changes(was, recipe, checkpoint):
-    """What of the recipe is no longer as it was, each in words."""
-    now = dataclasses.asdict(recipe)
-    said = []
-    images = ("ranks", "batch_size", "accumulate")
-    before, after = ([values.get(name) or 1 for name in images] for values in (was, now))
-    if before != after:
-        samples = checkpoint.training["progress"].get("samples")
-        shown = [" x ".join(str(n) for i, n in enumerate(part) if i < 2 or n > 1) for part in (before, after)]
-        said.append(f"an iteration had {shown[0]} images and now has {shown[1]}, from sample {samples} on")
-    for name, value in was.items():
-        if name in now and name not in images and plain(value) != plain(now[name]):
-            if name in ("train_list", "val_list"):
-                said.append(f"the list '{now[name.replace('list', 'split')]}' holds other images")
-            else:
-                said.append(f"--{name} {value} -> {now[name]}" if name != "precision" else
-                            f"precision {value} -> {now[name]}")
-    return said
-
-
-def plain(value):
-    return list(value) if isinstance(value, tuple) else value
-
-
-def resume(trainer, path, checkpoint):
-    """Takes over a checkpoint's training state. Scores on another validation list are not compared with the old."""
-    try:
-        trainer.resume(checkpoint.training)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # whatever a state of another kind leads to
-        raise WeightsError(f"{path}: its training state does not fit ({first_line(error)}); start from its "
-                           f"weights with --pretrained {path}") from None
-    progress, was = trainer.progress, recipe_of(checkpoint.meta)
-    if was.get("val_list", trainer.recipe.val_list) != trainer.recipe.val_list:
-        progress.best, progress.best_iteration = Progress.best, Progress.best_iteration
-    if trainer.folder.writes and progress.evaluated >= trainer.intervals.last and not any(
-            "mIoU" in line for line in trainer.folder.metrics()):
-        raise RunError(f"{path}: is of iteration {progress.iteration} of {trainer.intervals.last}, nothing is left "
-                       "to train; raise --max_iters, or score it with evaluate.py")
-
-
 def start_lines(trainer, settings, data, device, origin):
     """What a run is, in a few lines."""
     recipe, last = trainer.recipe, trainer.intervals.last
@@ -301,7 +214,7 @@ def start_lines(trainer, settings, data, device, origin):
             f"'{data.train.split}', {len(data.val):,} of '{data.val.split}'{split}\n"
             f"training: {last:,} iterations of {batch} = {recipe.images_per_iteration} images, "
             f"{last * recipe.images_per_iteration / len(data.train):.1f} epochs\n"
-            f"files: {trainer.folder.path}" + "".join(f"\nnote: {note}" for note in (font, data.passed_over) if note))
+            f"files: {trainer.folder.path}" + "".join(f"\nnote: {note}" for note in (font, data.skipped) if note))
 
 
 def stop_line(trainer, number, performance):
@@ -320,8 +233,7 @@ def end_lines(settings, folder, recipe, result):
     """How a run ended, where its files are, and the command that shows what it can do."""
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     shown = {key: value for key, value in result.items() if key not in ("last", "best")}
-    best = (f"best mIoU {result['best_mIoU']:.2f} at iteration {result['best_iteration']}: {folder.best}"
-            if result["best_mIoU"] is not None else "no mIoU: the validation list has no labelled pixel")
+    best = f"best mIoU {number(result['best_mIoU'], '.2f')} at iteration {result['best_iteration']}: {folder.best}"
     if not folder.best.is_file():
         best += " is not there any more"
     command = [python, Path(sys.argv[0]).with_name("evaluate.py"), folder.best, "--data_path", settings.data_path,

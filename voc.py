@@ -3,8 +3,8 @@
 Shapes: an image is uint8 [3, H, W], RGB, 0..255; a label uint8 [H, W], a class index or 255 (IGNORE) a pixel.
 """
 import contextlib
-import os
 import shlex
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from cli import usable_cores
 from errors import DataError
+from files import read_lines
 
 CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
            "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
@@ -45,13 +47,7 @@ def read_classes(path):
 
     labelme's list may begin with __ignore__, which is no class: its pixels are 255 in the labels.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file of class names") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: the class names are not UTF-8 text; save them as that") from None
-    names = [line.strip() for line in lines if line.strip()]
+    names = read_lines(path)
     names = names[1:] if names[:1] == ["__ignore__"] else names
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -73,16 +69,16 @@ def read_image(path):
         remedy = ("there is no such image; add it, or take its id out of the list" if path.parent.is_dir() else
                   "its folder is not there any more; mount or restore it")
         raise DataError(f"{path}: {remedy}") from None
-    except DataError:
+    except (DataError, PermissionError):
         raise
-    except Exception as error:  # Pillow raises whatever the damage leads to
+    except Exception as error:  # damage makes Pillow raise many types
         raise DataError(f"{path}: the image does not decode ({error}); replace the file") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def check_regular(path):
-    """Raises DataError for a pipe and the like, on which reading would wait for ever."""
-    if path.exists() and not path.is_file():
+    """Raises DataError for a pipe and the like, on which reading would wait for ever; FileNotFoundError."""
+    if not stat.S_ISREG(path.stat().st_mode):
         raise DataError(f"{path}: is no regular file; remove it")
 
 
@@ -108,7 +104,7 @@ def read_label(path):
     except FileNotFoundError:
         remedy = "convert_voc_aug.py makes it" if path.parent.name == SBD_LABELS else "add it"
         raise DataError(f"{path}: there is no such label; {remedy}, or take its id out of the list") from None
-    except DataError:
+    except (DataError, PermissionError):
         raise
     except Exception as error:  # as above
         raise DataError(f"{path}: the label does not decode ({error}); replace the file") from None
@@ -123,8 +119,9 @@ class VOC(Dataset):
         otherwise; any other list takes VOC's own label where there is one.
     ids: the ids of the list, where no file holds it
 
-    A data set of another kind offers what this one does: `has_lists`, and `labelled_ids` where that may be false,
-    `split`, `ids`, `__len__`, `__getitem__`, `check`, and `files`; its class then takes VOC's place in data.py.
+    A data set of another kind offers what this one does: `split`, `ids`, `__len__`, `__getitem__`, `check`, `files` and
+    `has_lists`; where that may be false, `missing`, `skipped` and `labelled_ids`, too. Its class then takes VOC's place
+    in data.py.
 
     Raises DataError if the folder or the list is not there.
     """
@@ -135,7 +132,8 @@ class VOC(Dataset):
                                        IMAGE_FOLDERS[0])
         self.listings = {}
         if ids is None and not self.has_lists(root):
-            raise DataError(f"{self.root}: {no_data(self.root)}")
+            problem = self.missing(self.root) or f"has no lists in {LISTS}; write {split}.txt there, an image id a line"
+            raise DataError(f"{self.root}: {problem}")
         self.ids = self.read_list(split) if ids is None else list(ids)
         self.voc_train = set(self.read_list("train")) if split in SBD_LISTS and ids is None else ()
 
@@ -147,7 +145,7 @@ class VOC(Dataset):
     @classmethod
     def labelled_ids(cls, root):
         """The ids, sorted, of the images under `root` that have a label, with those in sub-folders."""
-        problem = no_layout(root)
+        problem = cls.missing(root)
         if problem:
             raise DataError(f"{root}: {problem}")
         data = cls(root, "", ids=())
@@ -155,6 +153,29 @@ class VOC(Dataset):
                  if path.suffix.lower() in Image.registered_extensions() and not path.name.startswith(".")]
         ids = sorted({str(path.relative_to(data.images).with_suffix("")) for path in paths})
         return [image_id for image_id in ids if data.label_path(image_id).is_file()]
+
+    @staticmethod
+    def missing(root):
+        """Which folder is missing in one that holds no data set, and the remedy; None if all are there."""
+        if (root / "VOC2012").is_dir():
+            return "holds no data itself; it holds VOC2012: pass that folder"
+        if not root.is_dir():
+            return "there is no such folder; --data_path takes one such as data/VOCdevkit/VOC2012"
+        for what, folders in (("images", IMAGE_FOLDERS), ("labels", LABEL_FOLDERS)):
+            if not any((root / name).is_dir() for name in folders):
+                return f"has no folder of {what} ({' or '.join(folders)}); --data_path takes a folder that has"
+        return None
+
+    @classmethod
+    def skipped(cls, root):
+        """A note on the files beside the images whose format Pillow does not know; None if there are none. Files that
+        have the name of an image, as labelme's JSON has, are not counted."""
+        folder, known = cls(root, "", ids=()).images, Image.registered_extensions()
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+        read = {path.with_suffix("") for path in paths if path.suffix.lower() in known}
+        unknown = [path for path in paths if path.suffix.lower() not in known and path.with_suffix("") not in read]
+        return "skipped, Pillow does not know the format: " + first_of(list(map(str, unknown))) + heic_remedy(
+            unknown) if unknown else None
 
     def read_list(self, split):
         """The ids in a list."""
@@ -167,11 +188,7 @@ class VOC(Dataset):
             else:
                 remedy = "the lists there: " + ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
             raise DataError(f"{path}: there is no such list; {remedy}")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise DataError(f"{path}: the list is not UTF-8 text; save it as that") from None
-        ids = [line.strip() for line in lines if line.strip()]
+        ids = read_lines(path)
         if not ids:
             raise DataError(f"{path}: the list is empty; it takes one image id a line")
         return ids
@@ -223,16 +240,18 @@ class VOC(Dataset):
         def look(index):
             try:
                 image, label = self[index]
-            except DataError as error:
+            except (DataError, PermissionError) as error:
                 return str(error), None, False
             values = np.flatnonzero(np.bincount(label.numpy().ravel(), minlength=256))
             wrong = values[(values >= num_classes) & (values != IGNORE)]
-            problem = wrong.size and (f"{self.label_path(self.ids[index])}: label value {wrong[0]} is no class; "
-                                      f"it takes 0..{num_classes - 1}, and {IGNORE} for pixels to leave out")
+            problem = None
+            if wrong.size:
+                problem = (f"{self.label_path(self.ids[index])}: label value {wrong[0]} is no class; valid are "
+                           f"0..{num_classes - 1}, and {IGNORE} for pixels to ignore")
             return problem, label.shape, bool(((values > 0) & (values != IGNORE)).any())
 
         count = len(self) if count is None else min(count, len(self))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             looks = list(tqdm(pool.map(look, range(count)), f"checking {self.split}", count, leave=False, disable=None))
         problems = [problem for problem, _, _ in looks if problem]
         if problems:
@@ -253,34 +272,5 @@ def readable_files(folder):
     return files
 
 
-def passed_over(root):
-    """The files beside the images whose format Pillow does not know, but for those that go with an image that it reads,
-    as labelme's JSON does, in one line; None if there are none."""
-    folder, known = VOC(root, "", ids=()).images, Image.registered_extensions()
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    read = {path.with_suffix("") for path in paths if path.suffix.lower() in known}
-    unknown = [path for path in paths if path.suffix.lower() not in known and path.with_suffix("") not in read]
-    return "passed over, Pillow does not know the format: " + first_of(list(map(str, unknown))) + heic_remedy(
-        unknown) if unknown else None
-
-
 def heic_remedy(paths):
     return "; for HEIC: pip install pillow-heif" if any(path.suffix.lower() in HEIC for path in paths) else ""
-
-
-def no_data(root):
-    """What is missing in a folder without lists and names of classes, and the remedy."""
-    return no_layout(root) or (f"holds images and labels, but neither lists in {LISTS} nor class_names.txt; name your "
-                               "classes, one a line, in class_names.txt there or by --classes FILE")
-
-
-def no_layout(root):
-    """Which folder is missing in one that holds no data set, and the remedy; None if all are there."""
-    if (root / "VOC2012").is_dir():
-        return "holds no data itself; it holds VOC2012: pass that folder"
-    if not root.is_dir():
-        return "there is no such folder; --data_path takes one such as data/VOCdevkit/VOC2012"
-    for what, folders in (("images", IMAGE_FOLDERS), ("labels", LABEL_FOLDERS)):
-        if not any((root / name).is_dir() for name in folders):
-            return f"no data there: no folder of {what}, that is {' or '.join(folders)}; --data_path takes one that has"
-    return None

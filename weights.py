@@ -57,7 +57,7 @@ class Checkpoint:
         """Reads a file, or downloads the published network of that name.
 
         backbone: which one it is of, where the file does not say
-        at_once: torchfcn weights are FCN8sAtOnce's, whose keys are FCN8s's; `arch` or the file's name tell, too
+        at_once: they are torchfcn's FCN8sAtOnce, whose keys are FCN8s's; `arch` or the file's name tell it, too
         Raises WeightsError for what is not there, damaged, unsafe, or of another backbone.
         """
         source, named = str(source), published().get(str(source))
@@ -147,8 +147,14 @@ class Checkpoint:
             return REFERENCE_SCALE if self.form == "unpadded" else None
         pair = isinstance(scale, (list, tuple)) and len(scale) == 2
         if not pair or not all(isinstance(side, int) and side > 0 for side in scale):
-            raise WeightsError(f"{self.source}: names the scale {scale}, which is none; give --scale LONG SHORT")
+            raise WeightsError(f"{self.source}: holds the scale {scale}, which is invalid; give --scale LONG SHORT")
         return tuple(scale)
+
+    def pad_to(self):
+        """The side, in pixels, that images were padded to in the evaluations of the training, or None."""
+        recipe = self.meta.get("recipe")
+        side = recipe.get("pad_to") if isinstance(recipe, dict) else None
+        return side if isinstance(side, int) and side > 0 else None
 
     def iteration(self):
         """The iteration it was saved at, or None for files of others."""
@@ -206,7 +212,7 @@ def get_download(get_state, what, instead):
     except (URLError, TimeoutError, ConnectionError) as error:
         raise WeightsError(f"{what} cannot be downloaded ({error}); {instead}") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"{what} came damaged ({first_line(error)}); delete what there is of them in "
+        raise WeightsError(f"the download of {what} is damaged ({first_line(error)}); delete it in "
                            f"{torch.hub.get_dir()}/checkpoints and try again") from None
 
 

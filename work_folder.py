@@ -8,6 +8,7 @@ import errno
 import fcntl
 import io
 import json
+import math
 import os
 import re
 import socket
@@ -45,7 +46,7 @@ class WorkFolder:
 
     def lock(self, patience=0):
         """Takes the folder's lock, which ends with this process. Raises RunError, naming the process that holds it,
-        after `patience` seconds. `lockf`, as workers would inherit a lock of `flock`."""
+        after `patience` seconds. A lock of `lockf` is the process's own; forked workers would keep that of `flock`."""
         if not self.writes or self.lock_file or not self.path.is_dir():
             return
         with writing(self.path):
@@ -88,8 +89,8 @@ class WorkFolder:
         return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
     def newest(self):
-        """(file, Checkpoint) of the newest checkpoint of the branch that was resumed last, if it is whole, else of one
-        before it; None if the folder holds none. Raises RunError if none can be read."""
+        """(file, Checkpoint) of latest.pth, or, if that is damaged, of the newest readable one before it; None if the
+        folder holds none. Raises RunError if none can be read."""
         numbers = self.saved()
         if self.latest.is_symlink():  # of an earlier version of this project: higher numbers are of an abandoned branch
             target = OWN_NAME.fullmatch(os.readlink(self.latest))
@@ -116,7 +117,7 @@ class WorkFolder:
             raise RunError(f"{self.metrics_path}: damaged ({error}); mend or delete that line") from None
         for number, line in enumerate(metrics, 1):
             if not isinstance(line, dict) or not isinstance(line.get("iter"), int):
-                raise RunError(f"{self.metrics_path}: line {number} is none of a run's; delete it")
+                raise RunError(f"{self.metrics_path}: line {number} is no line of metrics; delete it")
         return metrics
 
     # ---- the beginning of a run
@@ -151,16 +152,14 @@ class WorkFolder:
             kept = [line for line in metrics
                     if line["iter"] <= (progress.evaluated if "mIoU" in line else progress.iteration)]
             best_is_past = self.best.is_file() and iteration_of(self.best) <= progress.iteration
+            aside = self.free_folder()  # for damaged checkpoints, too
             if start is not None and not same_file(start, self.latest):
-                aside = self.free_folder()
                 if self.best.is_file() and not best_is_past:
                     move(self.best, aside)
                 if len(kept) < len(metrics):
                     aside.mkdir(exist_ok=True)
                     write_whole(aside / "metrics.jsonl", as_lines(metrics))
                 link_or_copy(start, self.latest)
-            else:
-                aside = self.free_folder()  # for checkpoints that were damaged
             for number, path in self.saved():
                 if number > progress.iteration:
                     move(path, aside)
@@ -168,7 +167,7 @@ class WorkFolder:
         if not best_is_past:
             progress.best, progress.best_iteration = -1.0, 0
         if aside.is_dir():
-            self.log(f"what comes after iteration {progress.iteration} is set aside in {aside}")
+            self.log(f"checkpoints and metrics after iteration {progress.iteration} are set aside in {aside}")
 
     def free_folder(self):
         """A folder to set things aside in, which is not there yet."""
@@ -231,11 +230,12 @@ class WorkFolder:
 
 
 def iteration_of(path):
-    """The iteration that a checkpoint was saved at; infinity if it cannot be read."""
+    """The iteration that a checkpoint was saved at; infinity if it cannot be read or does not say."""
     try:
-        return torch.load(path, weights_only=True, mmap=True)["progress"]["iteration"]
-    except Exception:  # whatever the damage leads to
-        return float("inf")
+        iteration = Checkpoint.read(path).iteration()
+    except WeightsError:
+        iteration = None
+    return math.inf if iteration is None else iteration
 
 
 def same_file(a, b):
@@ -263,7 +263,7 @@ def flat(line):
 
 @contextlib.contextmanager
 def writing(path):
-    """An OSError meanwhile becomes a RunError that names the file, which a full disk does not, and the remedy."""
+    """Turns an OSError into a RunError that names the file, which that of a full disk does not, and the remedy."""
     try:
         yield
     except OSError as error:

@@ -78,7 +78,7 @@ SPOILED = [(no_lists, "holds images and labels, but neither lists"), (no_trainau
            (truncated_image, "{first}.jpg: the image does not decode"),
            (label_in_colours, "{first}.png: the label is in colours"),
            (label_value_of_no_class, "{first}.png: label value 33"), (labels_all_background, "all background"),
-           (label_of_another_size, "{first}.png: the label is"), (list_not_in_utf8, "val.txt: the list is not UTF-8")]
+           (label_of_another_size, "{first}.png: the label is"), (list_not_in_utf8, "val.txt: is not UTF-8")]
 
 
 @pytest.mark.parametrize("spoil, words", SPOILED, ids=[spoil.__name__ for spoil, _ in SPOILED])
@@ -94,7 +94,8 @@ def test_a_devkit_in_place_of_its_year_folder_is_pointed_out(drawn_voc, tmp_path
     assert "it holds VOC2012" in error_line(TRAIN, *train_flags(drawn_voc.parent, tmp_path / "run"))
     assert "there is no such folder" in error_line(TRAIN, *train_flags(tmp_path / "nowhere", tmp_path / "run"))
     (tmp_path / "empty").mkdir()
-    assert "no data there" in error_line(TRAIN, *train_flags(tmp_path / "empty", tmp_path / "run"))
+    line = error_line(TRAIN, *train_flags(tmp_path / "empty", tmp_path / "run"))
+    assert "has no folder of images (JPEGImages or images)" in line
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -190,7 +191,7 @@ def test_a_checkpoint_of_another_backbone_or_number_of_classes(checkpoint, drawn
     assert "num_classes 19, this run 21" in error_line(TRAIN, *flags, "--resume", other)
     torch.save({"state_dict": FCN8s(19, "tiny").state_dict(), "meta": {"backbone": "tiny", "num_classes": 19}}, other)
     line = evaluate_error(other, drawn_voc)
-    assert "is for 19 classes, it does not name them; name its own by --classes FILE" in line
+    assert "has 19 classes, but no names of them; pass its own by --classes FILE" in line
     lying = changed(checkpoint, tmp_path / "d8.pth", backbone="resnet50_d8")
     assert "do not fit" in evaluate_error(lying, drawn_voc)
     assert not (tmp_path / "run").exists()

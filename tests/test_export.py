@@ -47,7 +47,8 @@ def test_an_export_says_what_is_missing_and_leaves_nothing(tmp_path):
         EXPORT, checkpoint, tmp_path / "absent/net.onnx")
     assert "would overwrite the checkpoint" in error_line(EXPORT, checkpoint, checkpoint, status=2)
     assert "takes a value, not ''" in error_line(EXPORT, checkpoint, "", status=2)
-    assert "at least 1, not '0'" in error_line(EXPORT, checkpoint, tmp_path / "net.onnx", "--size", 0, 8, status=2)
+    assert "at least 1 and at most 16384, not '0'" in error_line(
+        EXPORT, checkpoint, tmp_path / "net.onnx", "--size", 0, 8, status=2)
     (tmp_path / "start.py").write_text("import runpy, sys\nsys.modules['onnx'] = sys.modules['tensorboard'] = None\n"
                                        "sys.argv.pop(0)\nsys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\n"
                                        "runpy.run_path(sys.argv[0], run_name='__main__')\n")

@@ -133,7 +133,7 @@ def test_what_pillow_does_not_read_is_named(own_data, tmp_path):
     (photographs / "drawn_train_0000.json").write_text("{}")  # labelme's, beside its photograph
     (photographs / "IMG_1.HEIC").write_bytes(b"")
     output = train(own_data, tmp_path / "run").stdout
-    assert (f"note: passed over, Pillow does not know the format: {photographs / 'IMG_1.HEIC'}; "
+    assert (f"note: skipped, Pillow does not know the format: {photographs / 'IMG_1.HEIC'}; "
             "for HEIC: pip install pillow-heif\n") in output
     for path in photographs.glob("*.JPG"):
         path.rename(path.with_suffix(".heic"))
@@ -147,7 +147,7 @@ def test_heic_is_read_where_its_package_is(own_data, tmp_path):
                         "sys.modules['pillow_heif'] = types.SimpleNamespace(register_heif_opener=register)", tmp_path)
     next((own_data / "JPEGImages").glob("*.JPG")).rename(own_data / "JPEGImages/drawn_train_0000.HEIC")
     output = run(script, TRAIN, *train_flags(own_data, tmp_path / "run")).stdout
-    assert "5 images of 'train', 1 of 'val'" in output and "passed over" not in output
+    assert "5 images of 'train', 1 of 'val'" in output and "skipped" not in output
 
 
 def test_a_published_network_is_a_start_by_its_name(own_data, tmp_path):
@@ -166,7 +166,7 @@ def test_a_published_network_is_a_start_by_its_name(own_data, tmp_path):
             record = json.loads(read(tmp_path / name[:-4] / "run.json"))
             assert start in record["starts"][0]["start"]
         else:
-            assert "the weights tiny_voc came damaged" in done.stderr
+            assert "the download of the weights tiny_voc is damaged" in done.stderr
 
 
 def test_torch_hub_loads_networks_with_their_weights(tmp_path):

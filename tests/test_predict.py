@@ -78,7 +78,7 @@ def test_photographs_of_every_kind_are_labelled_alike_and_others_named(checkpoin
     Image.fromarray(photograph(1, 2000)).save(folder / "flat.jpg")
     Image.fromarray(photograph(1, 1)).save(folder / "dot.png")
     Image.new("L", (70_000, 1)).save(folder / "longer than a JPEG.png")
-    (folder / ".hidden").write_text("passed over")
+    (folder / ".hidden").write_text("skipped")
     (folder / "notes.txt").write_text("no image")
     (folder / "cut.jpg").write_bytes((folder / "flat.jpg").read_bytes()[:300])
     shutil.copy(folder / "plain.png", folder / "plain.tif")
@@ -88,7 +88,7 @@ def test_photographs_of_every_kind_are_labelled_alike_and_others_named(checkpoin
     assert len(errors) == 2 and all(line.startswith("predict.py: error: ") for line in errors), done.stderr
     for name, words in (("cut.jpg", "does not decode"), ("plain.tif", "the names of those of")):
         assert any(name in line and words in line for line in errors), name
-    assert f"passed over, Pillow does not know its format: {folder}/notes.txt\n" in done.stdout
+    assert f"skipped, Pillow does not know its format: {folder}/notes.txt\n" in done.stdout
     assert ".hidden" not in done.stdout
     labelled = sorted([*kinds, "thin", "flat", "dot", "longer than a JPEG"])
     assert f"{len(labelled)} photographs labelled; pictures in {out}" in done.stdout and len(kinds) == 11
@@ -110,7 +110,7 @@ def test_folders_are_mirrored_and_save_dir_inside_is_left_out(checkpoint, trip):
     expected = ["a.png", "day 1/a.png", "day 1/b.png", "day 2/deep/c.png"]
     for _ in range(2):  # the second time, there are pictures inside
         done = predict(checkpoint, trip, "--save_dir", out, "--overlay")
-        assert "4 photographs labelled" in done.stdout and "passed over" not in done.stdout
+        assert "4 photographs labelled" in done.stdout and "skipped" not in done.stdout
         assert names(out, "*.png") == expected
         assert names(out / "overlay") == [name.replace(".png", ".jpg") for name in expected]
 
@@ -125,7 +125,7 @@ def test_unknown_formats_are_listed_and_heic_gets_a_hint(checkpoint, trip, tmp_p
     (trip / "IMG_1.HEIC").write_bytes(b"ftypheic")
     output = predict(checkpoint, trip, "--save_dir", tmp_path / "out").stdout
     for name in ("day 1/notes.txt", "IMG_1.HEIC"):
-        assert f"passed over, Pillow does not know its format: {trip / name}" in output
+        assert f"skipped, Pillow does not know its format: {trip / name}" in output
     assert output.count("for HEIC: pip install pillow-heif") == 1 and "4 photographs labelled" in output
 
 

@@ -75,7 +75,7 @@ def test_synchronised_bn_has_the_keys_of_bn_and_evaluates_alike():
     plain, images = model.state_dict(), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(images)["out"]
-        synchronised = batchnorm.synchronise(model)
+        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         assert {type(layer) for layer in batchnorm.layers(synchronised)} == {nn.SyncBatchNorm}
         assert synchronised.state_dict().keys() == plain.keys() == FCN8s(21, "tiny").state_dict().keys()
         assert torch.equal(synchronised(images)["out"], expected)

@@ -124,13 +124,13 @@ def test_auto_follows_the_branch_that_was_resumed_last(whole, drawn_voc, tmp_pat
     flags = (*FLAGS, "--lr", 0.02, "--checkpoint_interval", 100)
     process = start(drawn_voc, work_dir, *flags, "--resume", work_dir / "ckpt/iter_6.pth")
     aside = work_dir / "ckpt/abandoned_1"
-    while process.poll() is None and "is set aside in" not in (work_dir / "train_0.log").read_text():
+    while process.poll() is None and "are set aside in" not in (work_dir / "train_0.log").read_text():
         os.sched_yield()
     wait_for_iteration(process, work_dir, 7)
     process.kill()
     finish(process, -signal.SIGKILL)
     output = (work_dir / "train_0.log").read_text()
-    assert f"what comes after iteration 6 is set aside in {aside}\n" in output
+    assert f"checkpoints and metrics after iteration 6 are set aside in {aside}\n" in output
     output = train(drawn_voc, work_dir, *FLAGS, "--lr", 0.02, "--resume", "auto").stdout
     assert "latest.pth, iteration 6\n" not in output and "latest.pth, iteration 6; --lr 0.01 -> 0.02\n" in output
     train(drawn_voc, tmp_path / "twin", *FLAGS, "--lr", 0.02, "--resume", whole / "ckpt/iter_6.pth")
