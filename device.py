@@ -128,15 +128,25 @@ def memory_errors(remedy):
 
 @contextlib.contextmanager
 def convolutions(device, training):
-    """How cuDNN computes meanwhile.
+    """A context: how cuDNN, or an NPU, computes convolutions.
 
-    In training every crop has one shape: cuDNN tries its algorithms once (mmsegmentation's cudnn_benchmark), and
-    float32 convolutions may use TF32, PyTorch's default. In evaluation shapes vary, and float32 is float32.
+    In training every crop has one shape: cuDNN tries its algorithms once (mmsegmentation's cudnn_benchmark). Float32
+    convolutions use TF32 there, on an NPU HF32, the defaults of PyTorch and torch_npu (torch.npu.conv.allow_hf32, in
+    Ascend Extension for PyTorch's API reference). In evaluation shapes vary, and float32 is float32.
     """
-    if device.type != "cuda":
-        yield
-        return
-    with torch.backends.cudnn.flags(enabled=True, benchmark=training, allow_tf32=training):
+    if device.type == "cuda":
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(enabled=True, benchmark=training, benchmark_limit=cudnn.benchmark_limit,
+                         deterministic=cudnn.deterministic, allow_tf32=training and cudnn.allow_tf32):
+            yield
+    elif device.type == "npu" and hasattr(torch.npu, "conv"):
+        before = torch.npu.conv.allow_hf32
+        torch.npu.conv.allow_hf32 = training and before
+        try:
+            yield
+        finally:
+            torch.npu.conv.allow_hf32 = before
+    else:
         yield
 
 

@@ -268,7 +268,9 @@ class SkipHead(nn.Module):
         scores = add_aligned(scores, self.score_pool4(stride16 * self.pool4_scale), self.pool4_offset)
         scores = self.upscore_pool4(scores)
         scores = add_aligned(scores, self.score_pool3(stride8 * self.pool3_scale), self.pool3_offset)
-        return crop(self.upscore8(scores), size, self.offset)
+        with torch.autocast(scores.device.type, enabled=False):  # float16 would lose the gradients of single pixels
+            logits = self.upscore8(scores.to(self.upscore8.weight.dtype))
+        return crop(logits, size, self.offset)
 
 
 def crop(x, size, offset=0):

@@ -25,6 +25,7 @@ from weights import Checkpoint
 
 STRIP_VALUES = 2 ** 26  # logits that are enlarged at once: 256 MiB of float32
 TOGETHER = 8  # images that run at once on an accelerator, which a single one does not fill
+TOGETHER_PIXELS = TOGETHER * 2 ** 20  # of all of them at most: 8 images of 2048x512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +154,16 @@ def stack_scaled(samples):
     return [stack_images(one_scale) for one_scale in zip(*images, strict=True)], torch.stack(labels)
 
 
-def one_shape_batches(sizes, batch_size):
-    """Lists of up to `batch_size` indices of images that have one size."""
+def one_shape_batches(sizes, batch_size, pixels=math.inf):
+    """Lists of indices of images that have one size: up to `batch_size`, and up to `pixels` pixels or one image."""
     groups = {}
     for index, size in enumerate(sizes):
         groups.setdefault(size, []).append(index)
-    return [group[start:start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)]
+    batches = []
+    for (height, width), group in groups.items():
+        count = int(max(1, min(batch_size, pixels // (height * width))))
+        batches += [group[start:start + count] for start in range(0, len(group), count)]
+    return batches
 
 
 def evaluate(model, data, sizes, protocol, device, workers, processes=None, each=None, stop=None):
@@ -172,7 +177,8 @@ def evaluate(model, data, sizes, protocol, device, workers, processes=None, each
     rank, count = (processes.rank, processes.count) if processes else (0, 1)
     was_training = model.training
     network = fold(model.eval())
-    order = one_shape_batches(sizes, protocol.batch_on(device))[rank::count]
+    pixels = TOGETHER_PIXELS if protocol.scale is None and protocol.batch_size is None else math.inf
+    order = one_shape_batches(sizes, protocol.batch_on(device), pixels)[rank::count]
     batches = iter(Batches(ScaledImages(data, protocol.scales()), order, stack_scaled, workers, pins_memory(device)))
     confusion = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64, device=device)
     with tqdm(total=sum(map(len, order)), desc="evaluating", unit="image", leave=False, disable=None) as progress:

@@ -74,7 +74,9 @@ def amp_dtype(device, opt_level, native, asked):
         return AMP_DTYPES[device.type] if native else torch.float16
     if asked == "bfloat16" and not native:
         raise DeviceError("--amp_dtype bfloat16: apex mixes in float16 alone; take --amp_backend native and O1")
-    if asked == "bfloat16" and device.type != "cpu" and not getattr(torch, device.type).is_bf16_supported():
+    supported = {"cpu": lambda: True, "npu": lambda: torch.npu.is_bf16_supported(),
+                 "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False)}[device.type]
+    if asked == "bfloat16" and not supported():
         raise DeviceError(f"--amp_dtype bfloat16: {device} cannot compute in it; take float16")
     return getattr(torch, asked)
 
@@ -126,8 +128,8 @@ class Precision:
     def __str__(self):
         if self.dtype is torch.float16:
             return f"float16 with loss scale {self.static_scale or 'dynamic'}"
-        tf32 = self.dtype is torch.float32 and self.device.type == "cuda"
-        return name_of(self.dtype) + (" (TF32 in convolutions)" if tf32 else "")
+        form = {"cuda": "TF32", "npu": "HF32"}.get(self.device.type)
+        return name_of(self.dtype) + (f" ({form} in convolutions)" if self.dtype is torch.float32 and form else "")
 
     def npu_sgd(self):
         """The class of the fused optimizer on an NPU."""

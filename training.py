@@ -31,6 +31,9 @@ from weights import Checkpoint, load_imagenet
 from work_folder import WorkFolder
 
 PERFORMANCE_ITERS = 1000  # where a performance run stops
+COMPILERS = {  # of torch.compile: C++ for a CPU's kernels, C for Triton's launchers
+    "cpu": (os.environ.get("CXX") or "g++",), "cuda": (os.environ.get("CC") or "gcc", "clang"),
+    "npu": (os.environ.get("CC") or "gcc", "clang")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +175,12 @@ def check_device(recipe, device, precision, processes):
     if recipe.sync_bn and (device.type == "cpu" or processes.count == 1):
         where = "a CPU, where PyTorch has none" if device.type == "cpu" else "one card, which has none to share with"
         raise RunError(f"--sync_bn: not on {where}; leave it out")
-    if recipe.compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise RunError("--compile needs a C++ compiler on a CPU; install g++, or leave it out")
+    if recipe.compile and recipe.sync_bn:
+        raise RunError("--compile does not go with --sync_bn, at which torch.compile breaks the graph (PyTorch issue "
+                       "161302); leave one out")
+    if recipe.compile and not any(map(shutil.which, COMPILERS[device.type])):
+        raise RunError(f"--compile needs a compiler ({' or '.join(COMPILERS[device.type])}) on {device.type}; install "
+                       "one, or leave it out")
     if recipe.compile and device.type != "cpu" and importlib.util.find_spec("triton") is None:
         raise RunError(f"--compile needs the package triton on {device.type}; install it, or leave it out")
 

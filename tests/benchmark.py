@@ -7,14 +7,14 @@ stay empty. --on_gpu [PART...] compares ways to run a step on a GPU with each ot
 few small steps, that each part works. --update writes the table into docs/speed.md.
 """
 import argparse
+import contextlib
 import datetime
+import importlib
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,11 +29,11 @@ def main():
     args = parse_args(tuple(BACKBONES))
     name = "speed" if args.on_gpu is None else "on_gpu"
     lines = []
-    for line in table(args):
+    for line in table(args.parts, args.device, args.data, on_gpu=args.on_gpu is not None):
         print(line, flush=True)
         lines.append(line)
-    if args.update:
-        update(name, lines)
+        if args.update:  # after each, as a later part may be ended
+            update(name, lines)
 
 
 def parse_args(backbones):
@@ -58,24 +58,40 @@ def parse_args(backbones):
     return args
 
 
-def table(args):
-    """Runs the parts. -> the lines, in Markdown, as they come: what was measured on, and a row for each figure"""
-    import on_gpu
+def table(parts, device, data, on_gpu):
+    """Runs parts, a name and arguments each. -> the lines, in Markdown, as they come: what was measured on, and a row
+    for each figure"""
     import speeds
-    module = speeds if args.on_gpu is None else on_gpu
-    yield f"{revision()}, {datetime.date.today()}. {speeds.machine(args.device)}"
+    module = importlib.import_module("on_gpu") if on_gpu else speeds
+    yield f"{revision()}, {datetime.date.today()}. {speeds.machine(device)}"
     yield ""
     yield markdown(module.COLUMNS)
     yield "| " + " | ".join(["---"] * len(module.COLUMNS)) + " |"
     with tempfile.TemporaryDirectory() as scratch:
-        data = args.data or speeds.data_folder(scratch)
-        for part, *arguments in args.parts:
-            # A process of its own: its peak memory is its own, and nothing is warm from another part.
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                try:
-                    yield from map(markdown, pool.submit(module.run_part, part, args.device, data, *arguments).result())
-                except BrokenProcessPool:
-                    yield markdown([part, "ended by its time limit or for want of memory"])
+        data = data or speeds.data_folder(scratch)
+        for part, *arguments in parts:
+            yield from map(markdown, rows_of(module.__name__, part, device, data, *arguments))
+
+
+def rows_of(module, part, *arguments):
+    """The rows of a part as they come, from a process of its own: its peak memory is its own, and nothing is warm from
+    another part. Of one that fails, the rows before that and one that says so."""
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=send_rows, args=(writer, module, part, *arguments))
+    process.start()
+    writer.close()
+    with contextlib.suppress(EOFError):
+        while True:
+            yield reader.recv()
+    process.join()
+    if process.exitcode:
+        yield (part, f"ended with status {process.exitcode}: its time limit, want of memory, or the error above")
+
+
+def send_rows(writer, module, part, *arguments):
+    for row in importlib.import_module(module).rows_of(part, *arguments):
+        writer.send(row)
 
 
 def markdown(cells):

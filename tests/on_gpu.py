@@ -7,6 +7,7 @@ warm up and 40 measured; on a CPU a few small steps show that a part works.
 import collections
 import contextlib
 import functools
+import math
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import augment
+import batchnorm
 import fcn8s
 import train
 import trainer as training
@@ -37,7 +39,7 @@ LOSS_AT = 20  # steps of the first turn
 PROFILED = 10  # steps
 GROUPS = (("convolution", ("conv",)), ("BN", ("batch_norm", "batchnorm")),
           ("loss", ("nll_loss", "nllloss", "log_softmax", "logsoftmax", "cross_entropy", "upsample")),
-          ("optimizer", ("sgd", "foreach", "amp_")))
+          ("optimizer", ("sgd", "foreach", "amp_update", "amp_foreach")))
 RANGES = ("preparation", "optimizer")  # whatever runs within these belongs to them
 
 
@@ -61,7 +63,7 @@ class Bench:
     def trainer(self, dtype=None):
         mixed = dtype != "float32"
         precision = choose_precision(self.device, mixed, backend="native", dtype=dtype if mixed else None)
-        return speeds.new_trainer("resnet50_d8", self.device, precision, self.images)
+        return speeds.new_trainer(speeds.BACKBONE, self.device, precision, self.images)
 
     def mark(self):
         """A moment on the device, for `seconds`."""
@@ -116,10 +118,10 @@ class Bench:
         return self.rows(pair, turns, notes or {})
 
 
-def run_part(part, device_name, data):
+def rows_of(part, device_name, data):
     signal.alarm(60 * MINUTES)
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # or a second run would not compile
-    return list(globals()[part](Bench(choose_device(device_name), data)))
+    yield from globals()[part](Bench(choose_device(device_name), data))
 
 
 def plain(trainer, batch):
@@ -137,15 +139,25 @@ def patched(module, **names):
 def cudnn(bench):
     """Each turn in a process of its own: PyTorch keeps the plan that it first chose for a shape, tuned or not
     (aten/src/ATen/native/cudnn/Conv_v8.cpp)."""
-    ways = {"no tuning": (False, 10), "benchmark_limit 10, the project's": (True, 10), "benchmark_limit 4": (True, 4),
-            "benchmark_limit 0, all": (True, 0)}
+    ways = {"no tuning": (False, 10), "benchmark_limit 10, the project's": (True, 10), "benchmark_limit 4": (True, 4)}
     turns = {way: [] for way in ways}
     for _ in range(TURNS):
         for way, flags in ways.items():
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                turns[way].append(pool.submit(cudnn_turn, bench.device, bench.data, *flags).result())
+            turns[way].append(in_own_process(cudnn_turn, bench.device, bench.data, *flags))
+    yield from cudnn_rows(bench, turns)
+    # Last, and once: it tries every algorithm, which may take minutes.
+    yield from cudnn_rows(bench, {"benchmark_limit 0, all": [
+        in_own_process(cudnn_turn, bench.device, bench.data, True, 0)]})
+
+
+def cudnn_rows(bench, turns):
     first = {way: f"first step {results[0][3]:.1f} s" for way, results in turns.items()}
     return bench.rows("cudnn", {way: [result[:3] for result in results] for way, results in turns.items()}, first)
+
+
+def in_own_process(work, *arguments):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def cudnn_turn(device, data, benchmark, limit):
@@ -213,17 +225,20 @@ def prepare(bench):
 
 
 def compile(bench):
-    """Whole: the losses of the images, one graph. By blocks: each bottleneck and head, and the losses."""
+    """Whole: network and losses, one graph, as --compile does. By blocks: each bottleneck and head, and the losses."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or a block too many would run plain, unsaid
     whole, blocks = bench.trainer(), bench.trainer()
-    model, losses_of = whole.network, training.losses_of
-    graph = torch.compile(lambda images, labels, weights: losses_of(model(images), labels, weights))
-    whole.network = lambda images: images  # the graph holds the network, too
+    whole.network = torch.compile(whole.network, dynamic=False)
     for module in blocks.model.modules():
         if isinstance(module, fcn8s.Bottleneck | fcn8s.ConvHead):
-            module.compile()
+            module.compile(dynamic=False)
+    for layer in batchnorm.layers(blocks.model):
+        # Views of one tensor share a version, by which autograd takes a later block's update for one of this block's.
+        layer._buffers.update({name: buffer.clone() for name, buffer in layer._buffers.items()})
+    losses_of = torch.compile(training.losses_of, dynamic=False)
     ways = {"plain": (plain(bench.trainer(), bench.batch), contextlib.nullcontext),
-            "whole": (plain(whole, bench.batch), patched(training, losses_of=graph)),
-            "by blocks": (plain(blocks, bench.batch), patched(training, losses_of=torch.compile(losses_of)))}
+            "whole": (plain(whole, bench.batch), contextlib.nullcontext),
+            "by blocks": (plain(blocks, bench.batch), patched(training, losses_of=losses_of))}
     notes = {}
     for way, (step, context) in ways.items():
         with context():
@@ -263,14 +278,18 @@ def profile(bench):
     seconds = collections.Counter()
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CPU:
-            own = event.self_cpu_time_total if kind == "cpu" else event.self_device_time_total
+            # Not self_device_time_total, which may count a range's whole time beside that of what runs in it.
+            own = event.self_cpu_time_total if kind == "cpu" else sum(
+                kernel.duration for kernel in event.kernels if kernel.name != event.name)
             seconds[group_of(event)] += own / 1e6
-    total = sum(seconds.values())
+    total = sum(seconds.values()) or math.nan
     for group, spent in seconds.most_common():
         yield ("profile", group, f"{1000 * spent / PROFILED:.2f}", "", "", "", f"{100 * spent / total:.1f}%")
-    flops = counter.get_total_flops() / median / 1e12
+    tera = counter.get_total_flops() / 1e12
+    yield ("profile", "all groups", f"{1000 * total / PROFILED:.1f}", "", "", "",
+           f"{tera * PROFILED / (seconds['convolution'] or math.nan):.2f} TFLOP/s in convolutions")
     yield ("profile", "the whole step", f"{1000 * median:.1f}", f"{bench.images / median:.1f}", "", "",
-           f"{counter.get_total_flops() / 1e12:.2f} TFLOP a step, {flops:.2f} TFLOP/s")
+           f"{tera:.2f} TFLOP a step, {tera / median:.2f} TFLOP/s")
 
 
 def in_range(name, function):

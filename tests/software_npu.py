@@ -30,6 +30,8 @@ waits = []  # the names of the operations that waited, and "to npu:0", "to cpu"
 
 class NpuModule(types.ModuleType):
     """`torch.npu`: what device.py, torch.amp and torch.random ask of it."""
+    conv = types.SimpleNamespace(allow_hf32=True)
+
     def is_available(self):
         return True
 

@@ -102,7 +102,7 @@ def same_scores(a, b):
 @needs_software_npu
 @pytest.mark.parametrize("stand_ins, flags, words", [
     (("npu",), (), "float16 with loss scale 128.0"),
-    (("npu",), ("--opt_level", "O0"), "float32"),
+    (("npu",), ("--opt_level", "O0"), "float32 (HF32 in convolutions)"),
     (("npu", "apex"), (), "apex O1 with loss scale 128.0"),
     (("npu", "apex"), ("--opt_level", "O2"), "apex O2 with loss scale 128.0"),
     (("npu", "apex"), ("--opt_level", "O3", "--loss_scale", 64), "apex O3 with loss scale 64.0")])

@@ -70,6 +70,11 @@ def test_batches_hold_images_of_one_shape_and_each_image_once():
     assert all(len({sizes[i] for i in batch}) == 1 and len(batch) <= 2 for batch in batches)
 
 
+def test_large_images_of_their_own_size_run_fewer_together():
+    assert [len(batch) for batch in inference.one_shape_batches([(10, 20)] * 5, 8, pixels=450)] == [2, 2, 1]
+    assert [len(batch) for batch in inference.one_shape_batches([(10, 20)] * 3, 2, pixels=100)] == [1, 1, 1]
+
+
 def test_batch_size_and_workers_do_not_change_the_confusion_matrix(drawn_voc):
     torch.manual_seed(0)
     model, data = FCN8s(21, "tiny"), VOC(drawn_voc, "train")

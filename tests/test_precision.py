@@ -140,6 +140,13 @@ def test_the_log_says_that_float32_on_cuda_is_tf32_in_convolutions():
     assert str(Precision(CUDA)) == "float32 (TF32 in convolutions)" and str(Precision(CPU)) == "float32"
 
 
+@pytest.mark.parametrize("backbone", ("tiny", "tiny_d8"))
+def test_logits_are_enlarged_in_float32(backbone):
+    """In which the loss and the gradients of single pixels are."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert FCN8s(21, backbone)(torch.randn(1, 3, 64, 64))["out"].dtype is torch.float32
+
+
 def forget_apex():
     for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
         del sys.modules[name]

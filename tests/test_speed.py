@@ -86,6 +86,9 @@ def test_synchronised_bn_is_for_several_cards(drawn_voc, tmp_path):
     flags = (*train_flags(drawn_voc, tmp_path / "run"), "--sync_bn")
     assert "--sync_bn: not on a CPU" in error_line(ROOT / "train.py", *flags)
     npu = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/stand_ins/npu'}"}
+    two = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    assert "--compile does not go with --sync_bn" in error_line(
+        ROOT / "train.py", *flags, "--device", "npu", "--compile", env={**npu, **two})
     assert "--sync_bn: not on one card" in error_line(ROOT / "train.py", *flags, "--device", "npu", env=npu)
 
 
