@@ -1,7 +1,8 @@
 """What a run advises about its length and its memory: the flags that change them."""
 MANY_EPOCHS = 1000  # beyond what any data needs; the recipe of VOC has 15
 CPU_CROP = 256  # pixels; with a larger one a CPU takes seconds for each image
-CPU_FLAGS = "--backbone resnet50 --scale 256 128 --crop_size 128 --batch_size 4 --max_iters 400 --amp"
+CPU_FLAGS = ("--backbone resnet50 --scale 256 128 --crop_size 128 --batch_size 4 --max_iters 400 --amp "
+             "--eval_interval 100 --checkpoint_interval 100")
 
 
 def at_start(recipe, intervals, device, images, performance):
@@ -21,10 +22,11 @@ def at_start(recipe, intervals, device, images, performance):
     return notes
 
 
-def of_memory(recipe):
+def of_memory(recipe, amp):
     """The remedy where memory ran out, in words."""
+    mixed = "" if amp else "add --amp; "
     if recipe.batch_size == 1:
-        return "lower --crop_size, or take --backbone resnet50"
+        return mixed + "lower --crop_size" + ("" if recipe.backbone == "resnet50" else ", or take --backbone resnet50")
     size = max(size for size in range(1, recipe.batch_size) if recipe.batch_size % size == 0)
-    return (f"--batch_size {size} --accumulate {recipe.batch_size // size * recipe.accumulate} needs less for the same "
-            "step")
+    batches = recipe.batch_size // size * recipe.accumulate
+    return f"{mixed}--batch_size {size} --accumulate {batches} needs less for the same step"

@@ -75,11 +75,14 @@ def number(low, high=LARGEST, kind=int, without=()):
 def class_weights(text):
     """An argparse type: a file of numbers of at least 0, one a line -> a tuple of float."""
     try:
-        return tuple(map(number(0, math.inf, float), file_path(text).read_text(encoding="utf-8").split()))
+        weights = tuple(map(number(0, math.inf, float), file_path(text).read_text(encoding="utf-8").split()))
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"{text}: cannot be read ({error})") from None
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{text}: a line {error}") from None
+    if not any(weights):
+        raise argparse.ArgumentTypeError(f"{text}: holds no number above 0")
+    return weights
 
 
 def usable_cores():

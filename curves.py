@@ -9,9 +9,10 @@ from PIL import Image
 from fonts import PILLOW, font_runs, installed_fonts
 
 MARKED_POINTS = 50  # a curve of more has no mark for each
-RUNNING_PART = 30  # the running mean of the loss takes that part of all its values
+RUNNING_PART = 10  # the running mean of the loss takes that part of all its values
 CHART_SIZE = (13, 8.5)  # inches, of 100 pixels
 CHART_STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+ROWS = 8  # a chart of fewer bars has room for so many, so that a bar is no block
 BARS, BAR_NAME = 40, 30  # of more classes, a chart shows the best and the worst; of longer names, the first letters
 
 
@@ -93,4 +94,4 @@ def draw_bars(axes, tables, names):
     axes.set_yticks(range(len(shown)), labels, fontsize="small")
     axes.grid(False, axis="y")
     axes.set_title(title, loc="left")
-    axes.set(xlim=(0, 100), ylim=(min(0, len(shown) - BARS // 2) - 0.6, len(shown) - 0.4))
+    axes.set(xlim=(0, 100), ylim=(min(0, len(shown) - ROWS) - 0.6, len(shown) - 0.4))

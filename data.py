@@ -20,12 +20,14 @@ class TrainingData:
 
     classes: their names; train, val: data sets
     lists: {"train": ids, "val": ids} where the data folder holds no lists, for the checkpoint; else None
-    skipped: a note on the files that Pillow does not read, for a folder without lists; or None
+    origin: where the lists are from, in words; "" for the data folder
+    skipped: a note on the files that are not used, for a folder without lists; or None
     """
     classes: tuple
     train: object
     val: object
     lists: dict | None
+    origin: str = ""
     skipped: str | None = None
 
 
@@ -45,7 +47,9 @@ def open_training(root, classes_file, train_split, val_split, val_fraction, seed
             raise DataError(f"--val_fraction {val_fraction} has no effect: {root} holds lists; leave it out")
         train_split = train_split or ("train" if classes_file else "trainaug")
         return TrainingData(classes, DATA_SET(root, train_split), DATA_SET(root, val_split), None)
+    origin, skipped = "the checkpoint's lists", None
     if lists is None:
+        origin, skipped = "no lists there: split by --seed and --val_fraction", DATA_SET.skipped(root)
         if classes_file is None:
             raise DataError(f"{root}: " + (DATA_SET.missing(root) or (
                 f"holds images and labels, but neither lists in {LISTS} nor {CLASS_NAMES}; name your classes, one a "
@@ -55,27 +59,37 @@ def open_training(root, classes_file, train_split, val_split, val_fraction, seed
                 raise DataError(f"--{flag}_split {split} has no effect: {root} holds no lists; make them, or leave it "
                                 "out")
         lists = split_by_seed(root, DEFAULT_FRACTION if val_fraction is None else val_fraction, seed)
+    elif others := set(DATA_SET.labelled_ids(root)).difference(*lists.values()):
+        skipped = f"{len(others)} labelled images are in neither of the checkpoint's lists, and not used"
     return TrainingData(classes, DATA_SET(root, "train", lists["train"]), DATA_SET(root, "val", lists["val"]), lists,
-                        DATA_SET.skipped(root))
+                        origin, skipped)
 
 
 def split_by_seed(root, fraction, seed):
     """The images with labels, split at random: {"train": ids, "val": ids}, at least one each."""
     ids = DATA_SET.labelled_ids(root)
     if len(ids) < 2:
-        raise DataError(f"{root}: holds {len(ids)} images with labels; at least 2 are needed, one to train on and one "
-                        "to evaluate on" + (f"; {DATA_SET.skipped(root)}" if DATA_SET.skipped(root) else ""))
+        problem = (f"{root}: holds {len(ids)} images with labels of their names; at least 2 are needed, one to train "
+                   "on and one to evaluate on")
+        raise DataError("; ".join(filter(None, [problem, DATA_SET.skipped(root)])))
     order = np.random.default_rng([seed, SPLIT_PURPOSE]).permutation(len(ids))
     count = min(max(1, round(fraction * len(ids))), len(ids) - 1)
     return {"train": sorted(ids[i] for i in order[count:]), "val": sorted(ids[i] for i in order[:count])}
 
 
 def open_split(root, split, lists=None):
-    """The data set of one list, to score on. lists: those that the checkpoint holds, for a folder without lists."""
-    if lists and not DATA_SET.has_lists(root):
-        if split not in lists:
-            raise DataError(f"{root}: has no list '{split}'; the checkpoint holds {', '.join(lists)}")
-        return DATA_SET(root, split, lists[split])
+    """The data set of one list, to score on.
+
+    lists: those of the checkpoint, if it holds some. They come first where the folder holds their images, so that none
+    that was trained on is scored, whatever lists the folder was given since.
+    """
+    has_lists = DATA_SET.has_lists(root)
+    if lists and split in lists:
+        data = DATA_SET(root, split, lists[split])
+        if not has_lists or all(path.is_file() for path in data.files()):
+            return data
+    elif lists and not has_lists:
+        raise DataError(f"{root}: has no list '{split}'; the checkpoint holds {', '.join(lists)}")
     return DATA_SET(root, split)
 
 

@@ -51,8 +51,10 @@ flag() {  # NAME DEFAULT ARGUMENT...: prints the value of --NAME VALUE, --NAME=V
     printf '%s\n' "$value"
 }
 
-# Prints --amp where the device that train.py will take is no CPU: O1, with loss scale 128 on NPU, dynamic on CUDA.
-precision() {  # DEVICE
+# Prints --amp where the device that train.py will take is no CPU: O1, with loss scale 128 on NPU, dynamic on CUDA. On a
+# CPU, too, where there is an --opt_level, which needs it.
+precision() {  # DEVICE OPT_LEVEL
+    if [[ $2 ]]; then echo --amp; return; fi
     case $1 in
         cpu) ;;
         auto) if has_npu || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then echo --amp; fi ;;

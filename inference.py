@@ -119,6 +119,8 @@ class Predictor:
         if isinstance(photograph, Image.Image):
             photograph = np.array(to_rgb(ImageOps.exif_transpose(photograph)))
         if isinstance(photograph, np.ndarray):
+            if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3:
+                raise DataError(f"an array is uint8 [H, W, 3], not {photograph.dtype} {list(photograph.shape)}")
             image = torch.from_numpy(photograph).permute(2, 0, 1)
         else:
             image = read_image(Path(photograph))

@@ -3,15 +3,15 @@ import csv
 import sys
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 import pictures
 from device import describe, memory_errors
 from errors import DataError, UserError
 from files import check_new_file, check_no_overlap, check_writable, whole_file
+from fonts import missing_font
 from inference import Predictor
-from voc import heic_remedy, read_image
+from voc import heic_remedy, read_image, readable_suffixes
 
 
 def label(photographs, save_dir, overlay, csv_file, checkpoint, device, **network):
@@ -33,7 +33,8 @@ def label(photographs, save_dir, overlay, csv_file, checkpoint, device, **networ
     print(f"{predictor.checkpoint.backbone} from {predictor.checkpoint.source}: {predictor.checkpoint.kind}\n"
           f"{len(found)} photographs, {predictor.protocol}, on {describe(predictor.device, device)}, "
           f"{predictor.protocol.precision(predictor.device)}")
-    for line in skipped:
+    font = missing_font(predictor.names) if overlay else None
+    for line in [*skipped, *([f"note: {font}"] if font else [])]:
         print(line)
     shares = {}
     for path, name in tqdm(found.items(), "labelling", unit="photograph", leave=False, disable=None):
@@ -44,7 +45,7 @@ def label(photographs, save_dir, overlay, csv_file, checkpoint, device, **networ
             problems.append(str(error))
     if csv_file:
         write_csv(csv_file, predictor.names, shares)
-    print(f"{len(shares)} photographs labelled; pictures in {save_dir}")
+    print(f"{len(shares)} photograph{'s' * (len(shares) != 1)} labelled; pictures in {save_dir}")
     for problem in problems:
         print(f"predict.py: error: {problem}", file=sys.stderr)
     return 1 if problems else 0
@@ -53,9 +54,8 @@ def label(photographs, save_dir, overlay, csv_file, checkpoint, device, **networ
 def find_photographs(inputs, save_dir):
     """The photographs in files and folders, with those in sub-folders.
 
-    -> ({path: name without extension, relative to the folder that was named}, lines about the files passed over)
+    -> ({path: name without extension, relative to the folder that was named}, lines about the files that are skipped)
     """
-    Image.init()
     found, skipped, out = {}, [], save_dir.resolve()
     for given in inputs:
         if not given.exists():
@@ -68,12 +68,12 @@ def find_photographs(inputs, save_dir):
             hidden = any(part.startswith(".") for part in path.relative_to(given).parts)
             if path.is_dir() or inside or hidden:
                 continue
-            if path.suffix.lower() in Image.EXTENSION:
+            if path.suffix.lower() in readable_suffixes():
                 found.setdefault(path, str(path.relative_to(given).with_suffix("")))
             else:
                 skipped.append(f"skipped, Pillow does not know its format: {path}{heic_remedy([path])}")
     if not found:
-        raise DataError(f"{inputs[0]}: holds no photographs that Pillow reads")
+        raise DataError("; ".join([f"{inputs[0]}: holds no photographs that Pillow reads", *skipped[:1]]))
     return found, skipped
 
 

@@ -26,7 +26,8 @@ def start_record(recipe, settings, data, device, origin):
     recipe, settings: dataclasses; data: the TrainingData; device, origin: in words
     """
     return {"time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "command": shlex.join([Path(sys.executable).name, *sys.argv]), "performance": settings.performance,
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]), "folder": str(Path.cwd()),
+            "performance": settings.performance,
             "recipe": dataclasses.asdict(recipe), "settings": dataclasses.asdict(settings), "start": origin,
             "device": device, "versions": versions(), "code": code_version(),
             "data": {"classes": list(data.classes), **{
@@ -51,10 +52,11 @@ def cuda_driver():
 
 
 def code_version():
-    """The commit of this project and whether files differ from it; None each where it is no git checkout."""
+    """The commit of this project and whether its files differ from it; None each where it is no git checkout."""
     commit = output_of("git", "-C", str(HERE), "rev-parse", "HEAD")
     return {"commit": commit or None,
-            "clean": not output_of("git", "-C", str(HERE), "status", "--porcelain") if commit else None}
+            "clean": not output_of("git", "-C", str(HERE), "status", "--porcelain", "--untracked-files=no")
+            if commit else None}
 
 
 def output_of(*command):

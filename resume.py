@@ -24,7 +24,8 @@ def find_start(settings, folder):
             return found
     own = settings.resume is not None and Path(settings.resume).resolve().parent == folder.checkpoints.resolve()
     if folder.holds_run() and not (own or restarted()):
-        remedy = "" if settings.performance else "go on with it by --resume auto, or "
+        resumable = folder.holds_checkpoints() and not settings.performance
+        remedy = "go on with it by --resume auto, or " if resumable else ""
         raise RunError(f"{folder.path}: holds a run already; {remedy}name another folder by --work_dir")
     return settings.resume and (Path(settings.resume), Checkpoint.read(settings.resume))
 

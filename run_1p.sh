@@ -10,7 +10,7 @@ find_python "$here/requirements.txt" numpy scipy PIL tqdm matplotlib torch
 for argument in "$@"; do
     case $argument in
         -h | --help) exec "$python" "$here/train.py" --help ;;
-        --data_path* | --data-path*) exec "$python" "$here/train.py" $(precision "$(flag device auto "$@")") "$@" ;;
+        --data_path* | --data-path*) exec "$python" "$here/train.py" $(precision "$(flag device auto "$@")" "$(flag opt_level '' "$@")") "$@" ;;
     esac
 done
 

@@ -28,4 +28,4 @@ done
 if [[ $evaluates ]]; then
     exec "$python" "$here/evaluate.py" "$work_dir/ckpt/latest.pth" "${devices[@]}" "${others[@]}"
 fi
-exec "$python" "$here/train.py" "${devices[@]}" $(precision "$device") "$@"
+exec "$python" "$here/train.py" "${devices[@]}" $(precision "$device" "$(flag opt_level '' "$@")") "$@"

@@ -11,6 +11,7 @@ from data import open_split
 from device import choose_device, describe, memory_errors, place, synchronize
 from errors import RunError, WeightsError
 from files import check_new_file, check_no_overlap, check_writable, write_whole
+from fonts import missing_font
 from inference import evaluate
 from loader import default_workers
 from processes import Processes
@@ -67,10 +68,15 @@ def run(settings, protocol, processes):
     protocol.check(sizes)
     model = place(model, device)
     if processes.rank == 0:
+        of_checkpoint = (checkpoint.meta.get("lists") or {}).get(settings.split) == data.ids
+        whose = " of the checkpoint's lists" if of_checkpoint else ""
         print(f"{checkpoint.backbone} from {checkpoint.source}: {checkpoint.kind}\n{len(sizes)} images of "
-              f"'{settings.split}', {protocol}, on {processes.count} x {describe(device, settings.device)}, "
+              f"'{settings.split}'{whose}, {protocol}, on {processes.count} x {describe(device, settings.device)}, "
               f"{protocol.precision(device)}",
               flush=True)
+        font = missing_font(names) if settings.save_dir else None
+        if font:
+            print(f"note: {font}")
     workers = default_workers(processes.here) if settings.workers is None else settings.workers
     since = time.perf_counter()
     confusion = evaluate(model, data, sizes, protocol, device, workers, processes, each=write)
@@ -81,7 +87,7 @@ def run(settings, protocol, processes):
         report(settings, scores, names, len(sizes), seconds)
         if settings.json is not None:
             write_json(settings, checkpoint, scores, names, len(sizes), seconds)
-        write_run_summary(settings, checkpoint, protocol, device, processes, scores, seconds,
+        write_run_summary(settings, checkpoint, protocol, device, processes, scores, len(sizes), seconds,
                           time.perf_counter() - started)
 
 
@@ -112,14 +118,15 @@ def write_json(settings, checkpoint, scores, names, images, seconds):
     write_whole(settings.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_run_summary(settings, checkpoint, protocol, device, processes, scores, seconds, all_seconds):
+def write_run_summary(settings, checkpoint, protocol, device, processes, scores, images, seconds, all_seconds):
     """The Ascend port's summary of an evaluation, beside a checkpoint of train.py."""
     if checkpoint.training is None:
         return
     values = {name: None if math.isnan(scores[name]) else scores[name] / 100 for name in MEANS}
+    values = {"Split": settings.split, "Images": images, **values, "ValTime": seconds, "E2EValTime": all_seconds}
     try:
         write_summary(Path(settings.checkpoint).parent, checkpoint.backbone, protocol.batch_on(device),
-                      processes.count, "val", {**values, "ValTime": seconds, "E2EValTime": all_seconds})
+                      processes.count, "val", values)
     except OSError as error:  # another's folder; the scores are printed
         print(f"evaluate.py: no summary beside the checkpoint: {error.filename}: {error.strerror}", file=sys.stderr)
 

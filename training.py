@@ -30,6 +30,7 @@ from trainer import Intervals, Trainer
 from weights import Checkpoint, load_imagenet
 from work_folder import WorkFolder
 
+RANDOM = "random weights"
 PERFORMANCE_ITERS = 1000  # where a performance run stops
 COMPILERS = {  # of torch.compile: C++ for a CPU's kernels, C for Triton's launchers
     "cpu": (os.environ.get("CXX") or "g++",), "cuda": (os.environ.get("CC") or "gcc", "clang"),
@@ -67,7 +68,7 @@ class Settings:
 def train(recipe, settings):
     """A whole run. -> the exit status"""
     processes = Processes()
-    with processes.failing_together(), memory_errors(advice.of_memory(recipe)):
+    with processes.failing_together(), memory_errors(advice.of_memory(recipe, settings.amp)):
         stopped = run(recipe, settings, processes)
         if not stopped:
             processes.leave()
@@ -201,7 +202,7 @@ def load_start(model, recipe, settings, classes, start):
     if start is not None:
         return load_resumed(model, recipe, classes, *start)
     if settings.pretrained == "none":
-        return "random weights"
+        return RANDOM
     if settings.pretrained == "imagenet":
         return load_imagenet(model)
     return Checkpoint.read(settings.pretrained, recipe.backbone, settings.at_once).start(model, classes)
@@ -212,16 +213,19 @@ def start_lines(trainer, settings, data, device, origin):
     recipe, last = trainer.recipe, trainer.intervals.last
     parameters = sum(p.numel() for p in trainer.model.parameters())
     batch = f"{recipe.ranks} x {recipe.batch_size}" + (f" x {recipe.accumulate}" if recipe.accumulate > 1 else "")
-    split = "; no lists there: split by --seed and --val_fraction" if data.lists else ""
+    split = f"; {data.origin}" if data.origin else ""
     font = missing_font(data.classes)
     more = (", synchronised BN" if recipe.sync_bn else "") + (", compiled" if recipe.compile else "")
+    more += (", frozen BN" if recipe.freeze_bn else "") + (", weighted classes" if recipe.class_weights else "")
+    frozen = "--freeze_bn keeps statistics that no training has set" if recipe.freeze_bn and origin == RANDOM else None
     return (f"device: {recipe.ranks} x {device}, {trainer.precision}{more}\n"
             f"network: {recipe.backbone}, {parameters:,} parameters, from {origin}\n"
             f"data: {settings.data_path}, {len(data.classes)} classes, {len(data.train):,} images of "
             f"'{data.train.split}', {len(data.val):,} of '{data.val.split}'{split}\n"
             f"training: {last:,} iterations of {batch} = {recipe.images_per_iteration} images, "
             f"{last * recipe.images_per_iteration / len(data.train):.1f} epochs\n"
-            f"files: {trainer.folder.path}" + "".join(f"\nnote: {note}" for note in (font, data.skipped) if note))
+            f"files: {trainer.folder.path}"
+            + "".join(f"\nnote: {note}" for note in (font, data.skipped, frozen) if note))
 
 
 def stop_line(trainer, number, performance):
@@ -239,7 +243,8 @@ def stop_line(trainer, number, performance):
 def end_lines(settings, folder, recipe, result):
     """How a run ended, where its files are, and the command that shows what it can do."""
     python = "python" if shutil.which("python") == sys.executable else sys.executable
-    shown = {key: value for key, value in result.items() if key not in ("last", "best")}
+    shown = {key: round(value, 4) if isinstance(value, float) else value
+             for key, value in result.items() if key not in ("last", "best")}
     best = f"best mIoU {number(result['best_mIoU'], '.2f')} at iteration {result['best_iteration']}: {folder.best}"
     if not folder.best.is_file():
         best += " is not there any more"

@@ -3,6 +3,7 @@
 Shapes: an image is uint8 [3, H, W], RGB, 0..255; a label uint8 [H, W], a class index or 255 (IGNORE) a pixel.
 """
 import contextlib
+import functools
 import shlex
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -29,11 +30,13 @@ OWN_LABELS, SBD_LABELS = "SegmentationClass", "SegmentationClassAug"
 LABEL_FOLDERS = (OWN_LABELS, SBD_LABELS, "SegmentationClassPNG", "masks")  # the third is that of older labelme exports
 LABEL_MODES = ("P", "L")  # Pillow's names for an 8-bit index and an 8-bit grey image
 HEIC = (".heic", ".heif")  # what phones take
+STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # formats that Pillow recognises and does not decode
 with contextlib.suppress(ImportError):
     import pillow_heif  # by which Pillow reads them
     pillow_heif.register_heif_opener()
 Image.MAX_IMAGE_PIXELS = 2 ** 29  # Pillow refuses twice that, 3 GiB of RGB; its own bound would refuse a panorama
 PROBLEMS_SHOWN = 5
+NAMES_SHOWN = 3
 
 
 def first_of(problems):
@@ -72,7 +75,7 @@ def read_image(path):
     except (DataError, PermissionError):
         raise
     except Exception as error:  # damage makes Pillow raise many types
-        raise DataError(f"{path}: the image does not decode ({error}); replace the file") from None
+        raise DataError(f"{path}: the image does not decode ({error}); replace the file{heic_remedy([path])}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -149,10 +152,7 @@ class VOC(Dataset):
         if problem:
             raise DataError(f"{root}: {problem}")
         data = cls(root, "", ids=())
-        paths = [path for path in data.images.rglob("*")
-                 if path.suffix.lower() in Image.registered_extensions() and not path.name.startswith(".")]
-        ids = sorted({str(path.relative_to(data.images).with_suffix("")) for path in paths})
-        return [image_id for image_id in ids if data.label_path(image_id).is_file()]
+        return [image_id for image_id in sorted(ids_in(data.images)) if data.label_path(image_id).is_file()]
 
     @staticmethod
     def missing(root):
@@ -168,14 +168,21 @@ class VOC(Dataset):
 
     @classmethod
     def skipped(cls, root):
-        """A note on the files beside the images whose format Pillow does not know; None if there are none. Files that
-        have the name of an image, as labelme's JSON has, are not counted."""
-        folder, known = cls(root, "", ids=()).images, Image.registered_extensions()
-        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-        read = {path.with_suffix("") for path in paths if path.suffix.lower() in known}
-        unknown = [path for path in paths if path.suffix.lower() not in known and path.with_suffix("") not in read]
-        return "skipped, Pillow does not know the format: " + first_of(list(map(str, unknown))) + heic_remedy(
-            unknown) if unknown else None
+        """A note on the files that a split by the seed does not use; None if there are none: images without a label,
+        labels without an image, and files that Pillow does not read. Of the latter those with the name of an image, as
+        labelme's JSON has, are not counted."""
+        root, folder = Path(root), cls(root, "", ids=()).images
+        images = ids_in(folder)
+        labels = set().union(*(ids_in(root / name) for name in LABEL_FOLDERS))
+        unknown = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")
+                   and path.suffix.lower() not in readable_suffixes()
+                   and str(path.relative_to(folder).with_suffix("")) not in images]
+        notes = [f"{len(ids)} {what} ({', '.join(sorted(ids)[:NAMES_SHOWN])}{', ...' * (len(ids) > NAMES_SHOWN)})"
+                 for ids, what in ((images - labels, "images without a label of their name"),
+                                   (labels - images, "labels without an image")) if ids]
+        if unknown:
+            notes.append(f"Pillow does not know the format: {first_of(list(map(str, unknown)))}{heic_remedy(unknown)}")
+        return "skipped: " + "; ".join(notes) if notes else None
 
     def read_list(self, split):
         """The ids in a list."""
@@ -264,12 +271,24 @@ class VOC(Dataset):
 
 def readable_files(folder):
     """{name without extension: [paths]} of the files in a folder that Pillow reads, by their extensions."""
-    Image.init()
     files = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() in Image.EXTENSION and not path.name.startswith("."):
+        if path.suffix.lower() in readable_suffixes() and not path.name.startswith("."):
             files.setdefault(path.stem, []).append(path)
     return files
+
+
+def ids_in(folder):
+    """The ids of the files in a folder and its sub-folders that Pillow reads: their paths in it, without extension."""
+    return {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*")
+            if path.suffix.lower() in readable_suffixes() and not path.name.startswith(".")}
+
+
+@functools.cache
+def readable_suffixes():
+    """The extensions, in lower case, of the formats that Pillow decodes."""
+    Image.init()
+    return {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in STUBS}
 
 
 def heic_remedy(paths):

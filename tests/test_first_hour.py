@@ -133,7 +133,7 @@ def test_what_pillow_does_not_read_is_named(own_data, tmp_path):
     (photographs / "drawn_train_0000.json").write_text("{}")  # labelme's, beside its photograph
     (photographs / "IMG_1.HEIC").write_bytes(b"")
     output = train(own_data, tmp_path / "run").stdout
-    assert (f"note: skipped, Pillow does not know the format: {photographs / 'IMG_1.HEIC'}; "
+    assert (f"note: skipped: Pillow does not know the format: {photographs / 'IMG_1.HEIC'}; "
             "for HEIC: pip install pillow-heif\n") in output
     for path in photographs.glob("*.JPG"):
         path.rename(path.with_suffix(".heic"))

@@ -163,6 +163,41 @@ def test_a_split_by_seed_is_said_and_kept_whatever_is_added_later(own_unlisted, 
         EVALUATE, work_dir / "ckpt/latest.pth", "--data_path", own_unlisted, "--split", "test", "--device", "cpu")
 
 
+def test_lists_that_a_folder_gets_later_do_not_leak(own_unlisted, tmp_path):
+    """What the checkpoint was trained on is never scored, though the folder's val names it; a resumption says whose
+    lists it has, and how many photographs are in neither."""
+    train(own_unlisted, tmp_path / "run", "--max_iters", 1)
+    lists = state(tmp_path / "run/ckpt/latest.pth")["meta"]["lists"]
+    data = VOC(own_unlisted, "val", lists["val"])
+    image, label = data.files()[:2]
+    shutil.copy(image, own_unlisted / f"images/extra{image.suffix}")
+    shutil.copy(label, own_unlisted / f"masks/extra{label.suffix}")
+    folder = own_unlisted / "ImageSets/Segmentation"
+    folder.mkdir(parents=True)
+    (folder / "val.txt").write_text("\n".join(lists["train"]))
+    output = run(ROOT / "evaluate.py", tmp_path / "run/ckpt/best.pth", "--data_path", own_unlisted, "--device",
+                 "cpu").stdout
+    assert f"{len(lists['val'])} images of 'val' of the checkpoint's lists, " in output
+    output = train(own_unlisted, tmp_path / "run", "--max_iters", 2, "--resume", "auto").stdout
+    assert "of 'val'; the checkpoint's lists\n" in output
+    assert "note: 1 labelled images are in neither of the checkpoint's lists, and not used\n" in output
+    assert "Split = val\nImages = " in (tmp_path / "run/ckpt/FCN_bs1_1p_val.log").read_text()
+
+
+def test_images_without_labels_and_labels_without_images_are_named(own_unlisted, tmp_path):
+    first = VOC.labelled_ids(own_unlisted)[0]
+    VOC(own_unlisted, "", ids=()).label_path(first).rename(own_unlisted / "masks/orphan_mask.png")
+    output = train(own_unlisted, tmp_path / "run", "--max_iters", 1).stdout
+    assert (f"note: skipped: 2 images without a label of their name ({first}, not labelled); "
+            "1 labels without an image (orphan_mask); Pillow does not know the format: ") in output
+
+
+def test_a_folder_without_lists_is_told_to_make_them_for_a_checkpoint_that_has_none(own_unlisted, drawn_voc, tmp_path):
+    train(drawn_voc, tmp_path / "run", "--max_iters", 1)
+    line = error_line(ROOT / "evaluate.py", tmp_path / "run/ckpt/best.pth", "--data_path", own_unlisted)
+    assert "has no lists in ImageSets/Segmentation; write val.txt there" in line
+
+
 def test_a_split_is_of_the_seed_and_the_fraction(unlisted):
     def split(fraction, seed):
         data = open_training(unlisted, None, None, "val", fraction, seed)
@@ -196,7 +231,8 @@ def test_what_cannot_be_told_apart_or_is_missing_is_said(own_unlisted, tmp_path)
     (own_unlisted / "masks").rename(tmp_path / "masks")
     assert "has no folder of labels (SegmentationClass or" in line("--classes", tmp_path / "names.txt")
     (own_unlisted / "masks").mkdir()
-    assert "holds 0 images with labels; at least 2 are needed" in line("--classes", tmp_path / "names.txt")
+    assert "holds 0 images with labels of their names; at least 2 are needed" in line(
+        "--classes", tmp_path / "names.txt")
     (own_unlisted / "masks").rmdir()
     (tmp_path / "masks").rename(own_unlisted / "masks")
     lists = own_unlisted / "ImageSets/Segmentation"

@@ -9,6 +9,7 @@ from conftest import ROOT, error_line, run, untrained_checkpoint
 from PIL import Image
 
 import labelling
+from errors import DataError
 from inference import Predictor
 from voc import read_image
 
@@ -143,6 +144,23 @@ def test_what_cannot_be_labelled_is_an_error_line_and_the_others_are_done(checkp
                         (notes, "does not decode")):
         assert any(f"{path}: " in line and words in line for line in errors), path
     assert names(tmp_path / "out") == ["a.png", "day 1/a.png", "day 2/deep/c.png"]
+
+
+def test_heic_alone_and_files_that_pillow_cannot_read_are_told_with_the_remedy(checkpoint, tmp_path):
+    folder = tmp_path / "trip"
+    folder.mkdir()
+    for name in ("IMG_1.HEIC", "scan.pdf", "film.mpg"):
+        (folder / name).write_bytes(b"of a phone")
+    line = error_line(PREDICT, checkpoint, folder, "--save_dir", tmp_path / "out", "--device", "cpu")
+    assert "holds no photographs that Pillow reads; skipped" in line and "pip install pillow-heif" in line
+    Image.fromarray(photograph(20, 30)).save(folder / "a.png")
+    done = run(PREDICT, checkpoint, folder, "--save_dir", tmp_path / "out", "--device", "cpu")
+    assert "1 photograph labelled" in done.stdout and done.stdout.count("skipped, Pillow does not know") == 3
+
+
+def test_an_array_of_another_form_is_one_line(checkpoint):
+    with pytest.raises(DataError, match=r"an array is uint8 \[H, W, 3\], not float64 \[4, 4\]"):
+        Predictor(checkpoint, "cpu")(np.zeros((4, 4)))
 
 
 def test_a_name_as_long_as_names_can_be_does_not_end_the_job(checkpoint, trip, tmp_path):

@@ -25,7 +25,8 @@ def command(tmp_path):
 
 @pytest.mark.parametrize("there, flags, amp", (
     ({}, (), False), ({"cuda": True}, (), True), ({"npu": True}, (), True), ({"cuda": True}, ("--device=cpu",), False),
-    ({"cuda": True}, ("--device", "cpu"), False), ({}, ("--device", "gpu"), True)))
+    ({"cuda": True}, ("--device", "cpu"), False), ({}, ("--device", "gpu"), True),
+    ({}, ("--opt-level=O0",), True)))
 def test_run_1p_mixes_precision_where_the_device_is_no_cpu(command, there, flags, amp):
     """train.py's --amp is O1, with loss scale 128 on NPU and a dynamic one on CUDA; the user's flags come last."""
     data = ("--data-path", "data dir", *flags)
@@ -33,7 +34,7 @@ def test_run_1p_mixes_precision_where_the_device_is_no_cpu(command, there, flags
 
 
 @pytest.mark.parametrize("there, flags, device, amp", (
-    ({}, (), "cuda", ["--amp"]), ({"npu": True}, (), "npu", ["--amp"]), ({}, ("--device=cpu",), "cpu", [])))
+    ({}, (), "cuda", ["--amp"]), ({"npu": True}, (), "npu", ["--amp"]), ({}, ("--device=cpu",), "cpu", ["--amp"])))
 def test_run_8p_mixes_precision_in_the_same_way(command, there, flags, device, amp):
     data = ("--data_path=data", "--opt_level", "O0", *flags)
     assert command("run_8p.sh", *data, **there) == [
