@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, run, untrained_checkpoint
 from markdown_it import MarkdownIt
 
+from backbones import BACKBONES
 from voc import CLASSES
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -69,7 +70,7 @@ def test_sentences_are_short(page):
     for token in tokens(page):
         if token.type == "inline":
             text = "".join(child.content if child.type in ("text", "code_inline") else " " for child in token.children)
-            for sentence in re.split(r"(?<=[.?!:;])\s", text):
+            for sentence in re.split(r"(?<=[.?!])\s|(?<=:)\s", text):
                 assert len(sentence.split()) <= LONGEST_SENTENCE, sentence
 
 
@@ -134,6 +135,22 @@ def test_every_flag_that_a_page_names_is_there():
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", page.read_text()))
         missing = {flag for flag in named - others if flag not in known}
         assert not missing, f"{page.name}: {missing}"
+
+
+def cells(page, row):
+    """The cells of the table row of a page that begins with a text."""
+    line = next(line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {row} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_memory_of_a_backbone_is_the_same_on_each_page(backbone):
+    if backbone.startswith("tiny"):
+        pytest.skip("of the tests alone")
+    memory = cells(ROOT / "docs/own-data.md", f"`{backbone}` | mixed")[-1]
+    for page in ("README.md", "README.zh-CN.md"):
+        line = next(line for line in (ROOT / page).read_text().splitlines() if line.startswith(f"| `{backbone}`"))
+        assert memory in line
 
 
 def test_the_readme_is_short():
