@@ -98,8 +98,11 @@ def run(main, prog):
     if sys.platform == "win32":
         sys.exit(f"{prog}: error: runs on Linux; on Windows, run it in WSL2")
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # or a broken torch_npu breaks `import torch`
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # class names in any script, under LC_ALL=C, too
+    for descriptor, name in enumerate(("stdout", "stderr"), 1):
+        if getattr(sys, name) is None:  # closed by the caller; a file opened later must not become it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            setattr(sys, name, open(descriptor, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # class names in any script, under LC_ALL=C, too
     try:
         status = main()
     except KeyboardInterrupt:

@@ -286,8 +286,9 @@ def evaluation(device, data):
         confusion = way()
         rates = [count / seconds for seconds in in_turns(way, plain)]
         difference = abs(mean_iou(confusion) - mean_iou(base))
-        yield row(f"evaluation, {BACKBONE}, {name}, BN folded, mIoU differs by {difference:.3f}; one image at a time in "
-                  "float32, BN not folded", rates[0], "images/s", rates[1], memory=peak_memory(device))
+        work = (f"evaluation, {BACKBONE}, {name}, BN folded, mIoU differs by {difference:.3f}; one image at a time in "
+                "float32, BN not folded")
+        yield row(work, rates[0], "images/s", rates[1], memory=peak_memory(device))
     network = Timed(folded, device)
     score(network, voc, sizes[:1], device)  # warms up
     network.seconds, start = 0.0, time.perf_counter()

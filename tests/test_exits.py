@@ -3,6 +3,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -118,6 +120,15 @@ def test_only_a_wait_after_a_signal_is_limited():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_a_command_whose_outputs_are_closed_has_its_status(tmp_path):
+    """As a daemon's may be: a file that it opens must not become its output."""
+    command = f'"{sys.executable}" "{ROOT}/evaluate.py" absent --data_path d --device cpu'
+    done = [subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True)
+            for closed in (">&- 2>&-", ">&-")]
+    assert [process.returncode for process in done] == [1, 1] and done[0].stderr == ""
+    assert done[1].stderr == "evaluate.py: error: absent: there is no such checkpoint file\n"
 
 
 ENDS_LATE = """

@@ -153,5 +153,11 @@ def test_the_memory_of_a_backbone_is_the_same_on_each_page(backbone):
         assert memory in line
 
 
+def test_the_table_of_speed_was_measured():
+    text = (ROOT / "docs/speed.md").read_text()
+    rows = text.split("<!-- speed -->")[1].split("<!-- end of speed -->")[0].strip().splitlines()
+    assert rows[0].startswith("Commit ") and len(rows) > 10
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
