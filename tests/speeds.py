@@ -277,8 +277,9 @@ def evaluation(device, data):
     model = place(calibrated(FCN8s(21, BACKBONE), voc), device)
     sizes = voc.check(21, count)
     folded = batchnorm.fold(model.eval())
-    ways = {"float32, one image at a time": (folded, {"batch_size": 1}), "float32, the default": (folded, {}),
-            "--amp": (folded, {"amp": True})}
+    ways = {"float32": (folded, {}), "`--amp`": (folded, {"amp": True})}
+    if device.type != "cpu":  # where one at a time is the default
+        ways["float32, one image at a time"] = (folded, {"batch_size": 1})
     plain = functools.partial(score, model, voc, sizes, device, batch_size=1)
     base = plain()
     for name, (network, how) in ways.items():
@@ -334,7 +335,7 @@ def confusion_row():
 def commands(device, data):
     for flags in (["--help"], ["--crop_size", "0"]):
         command = functools.partial(subprocess.run, [sys.executable, ROOT / "train.py", *flags], capture_output=True)
-        yield row(f"train.py {' '.join(flags)}", in_turns(command)[0], "s")
+        yield row(f"`train.py {' '.join(flags)}`", in_turns(command)[0], "s")
 
 
 def training(device, data):
@@ -347,6 +348,6 @@ def training(device, data):
                        stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in Path(scratch, "run/metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "fps" in line][-1]
-    yield row("train.py --amp, 16 x 512x512, real loader", last["fps"], "images/s",
+    yield row("`train.py --amp`, 16 x 512x512, real loader", last["fps"], "images/s",
               memory=last["memory"] * 2 ** 20)
     yield row("the same: waiting for data", 100 * last["data_time"] / last["iter_time"], "%")
