@@ -156,11 +156,15 @@ def launch(how, script):
     """
     with_own_level = "TORCH_CPP_LOG_LEVEL" in os.environ
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else each failed try to connect prints a C++ stack
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may swallow KeyboardInterrupt, and the run would start
     from torch.distributed import DistError, run  # takes seconds, so not before the flags are checked
-    if not with_own_level:
-        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of the ranks, which else warn when another one ends
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    signal.signal(signal.SIGINT, interrupt)
+    if not with_own_level:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of the ranks, which else warn when another one ends
 
     logging.disable(logging.CRITICAL)  # torchrun's own lines; the ranks say what is wrong
     prog = Path(script).name

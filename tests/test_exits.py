@@ -9,7 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, error_line, finish, free_port, left_of, start, train, wait_for_iteration
+from conftest import (
+    ROOT,
+    error_line,
+    finish,
+    free_port,
+    left_of,
+    run,
+    start,
+    train,
+    train_flags,
+    wait_for_iteration,
+)
 
 import loader
 from errors import RunError
@@ -120,6 +131,33 @@ def test_only_a_wait_after_a_signal_is_limited():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+SWALLOWS = """
+import os, signal, sys
+from importlib.machinery import PathFinder
+
+class Interrupted:  # while a part of PyTorch is imported, which swallows the KeyboardInterrupt
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.distributed.elastic.multiprocessing.errors":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+        return None
+
+sys.meta_path.insert(0, Interrupted())
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), {"__name__": "__main__", "__file__": sys.argv[0]})
+"""
+
+
+def test_an_interrupt_while_pytorch_is_imported_starts_no_run(drawn_voc, tmp_path):
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    run(tmp_path / "swallows.py", ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), "--device_list", "0,1",
+        status=-signal.SIGINT, real=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_command_whose_outputs_are_closed_has_its_status(tmp_path):
