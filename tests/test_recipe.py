@@ -96,8 +96,9 @@ def test_class_weights_of_a_file_change_the_training(drawn_voc, tmp_path):
 def test_the_ports_evaluation_while_training_is_evaluate_pys(drawn_voc, tmp_path):
     flags = ("--scale", 64, 64, "--pad_to", 64)
     train(drawn_voc, tmp_path / "run", "--max_iters", 2, *flags)
-    output = run(ROOT / "evaluate.py", tmp_path / "run/ckpt/latest.pth", "--data_path", drawn_voc, "--device", "cpu",
-                 *flags).stdout
+    evaluate = (ROOT / "evaluate.py", tmp_path / "run/ckpt/latest.pth", "--data_path", drawn_voc, "--device", "cpu")
     score = metrics(tmp_path / "run")[-1]["mIoU"]
-    assert f"mIoU {score:.2f}" in output
+    for given in (flags, ()):  # without them they are the checkpoint's
+        output = run(*evaluate, *given).stdout
+        assert "fitted into 64x64, padded to 64x64, " in output and f"mIoU {score:.2f}" in output
     assert "do not fit" in error_line(TRAIN, *train_flags(drawn_voc, tmp_path / "other"), "--pad_to", 64)
