@@ -64,7 +64,7 @@ def link_or_copy(source, target):
 
 def remove_leftovers(folder):
     """Deletes the temporary files in a folder whose writers were killed."""
-    for leftover in Path(folder).glob(TEMPORARY.format("*")):
+    for leftover in Path(folder).glob(TEMPORARY.format(16 * "[0-9a-f]")):
         with contextlib.suppress(OSError), open(leftover, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the writer lives
             leftover.unlink()

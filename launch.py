@@ -193,6 +193,8 @@ def set_environment(how, notes):
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_TIME))  # old PyTorch always waits 30 s
     # torchrun would set 1; these are the cores that each process has, and it then warns about nothing.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // len(how.device_list))))
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup, which torchrun would undo
+        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     if how.local_addr:
         os.environ.setdefault("HCCL_IF_IP", how.local_addr)
 

@@ -9,7 +9,8 @@ import sys
 from multiprocessing.connection import wait
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cli import kill_children, usable_cores
 from errors import RunError, UserError, first_line
@@ -78,9 +79,16 @@ class Reporting(Dataset):
 
     def __getitems__(self, indices):
         try:
-            return self.collate([self.data[index] for index in indices])
+            batch = self.collate([self.data[index] for index in indices])
         except (UserError, OSError) as error:
             return error
+        if get_worker_info() is None:
+            return batch
+        try:  # the queue's thread would do it later, where an error loses the batch, for which the run then waits
+            return tree_map_only(torch.Tensor, torch.Tensor.share_memory_, batch)
+        except RuntimeError as error:
+            return RunError(f"no shared memory is left for batches ({first_line(error)}); give more (docker run "
+                            "--shm-size=8g), or --workers 0")
 
 
 def as_it_is(batch):

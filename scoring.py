@@ -17,7 +17,7 @@ from loader import default_workers
 from processes import Processes
 from record import write_summary
 from scores import MEANS, for_json, format_table, scores_of, summary
-from voc import read_classes
+from voc import LISTS, read_classes
 from weights import Checkpoint
 
 FOLDERS = {"compared": ".png", "overlay": ".jpg"}  # in --save_dir, beside the class maps
@@ -61,7 +61,9 @@ def run(settings, protocol, processes):
     data = open_split(settings.data_path, settings.split, checkpoint.meta.get("lists"))
     write = picture_writer(settings, data, names, checkpoint.colours()) if settings.save_dir else None
     if settings.json is not None:
-        check_no_overlap(data.files(), [settings.json], f"--json {settings.json}")
+        lists = Path(settings.data_path, LISTS).glob("*.txt")
+        read = [*data.files(), *lists, *([settings.classes] if settings.classes else [])]
+        check_no_overlap(read, [settings.json], f"--json {settings.json}")
         check_new_file(settings.json)
     processes.join(device, settings.timeout)
     sizes = processes.once_a_machine(lambda: data.check(len(names), settings.max_images))

@@ -105,6 +105,7 @@ def run(recipe, settings, processes):
     if start is not None:
         resume(trainer, *start)
     if settings.performance and start is None:
+        folder.lock()  # the folder may be new since find_start
         folder.clear()  # find_start saw that it holds nothing else
     folder.open(start and start[0], trainer.progress)
     del start  # it holds the weights and the momentum once more

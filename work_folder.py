@@ -205,7 +205,8 @@ class WorkFolder:
     def records(self):
         """The entries of run.json."""
         try:
-            return json.loads(self.record_path.read_bytes().decode())["starts"]
+            entries = json.loads(self.record_path.read_bytes().decode())["starts"]
+            return [entry for entry in entries if entry["performance"] in (True, False)]
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:

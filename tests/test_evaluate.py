@@ -237,3 +237,12 @@ def test_an_empty_value_is_a_usage_error(checkpoint, drawn_voc, flag):
     """As an unset variable of a shell gives it."""
     line = error_line(ROOT / "evaluate.py", checkpoint, "--data_path", drawn_voc, flag, "", status=2)
     assert f"{flag}" in line and "takes a value, not ''" in line
+
+
+def test_the_json_overwrites_no_list_and_no_class_names(checkpoint, own_drawn_voc, tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(f"class {number}" for number in range(21)))
+    command = (ROOT / "evaluate.py", checkpoint, "--data_path", own_drawn_voc, "--device", "cpu", "--classes",
+               tmp_path / "names.txt", "--json")
+    for path in (tmp_path / "names.txt", own_drawn_voc / "ImageSets/Segmentation/val.txt"):
+        before = path.read_bytes()
+        assert "would overwrite" in error_line(*command, path) and path.read_bytes() == before

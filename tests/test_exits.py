@@ -133,6 +133,29 @@ def test_only_a_wait_after_a_signal_is_limited():
             signal.signal(number, handler)
 
 
+def test_shared_memory_that_runs_out_is_one_line(drawn_voc, tmp_path):
+    """As in a container, whose default is 64 MiB. The queue's thread would lose the batch, and the run would wait."""
+    (tmp_path / "full.py").write_text(FULL)
+    flags = train_flags(drawn_voc, tmp_path / "run")
+    assert "no shared memory is left for batches (No space left on device)" in error_line(
+        tmp_path / "full.py", ROOT / "train.py", *flags)
+
+
+FULL = """
+import os, runpy, sys, torch
+
+def share_memory_(tensor, main=os.getpid(), share=torch.Tensor.share_memory_):
+    if os.getpid() != main:
+        raise RuntimeError("No space left on device")
+    return share(tensor)
+
+torch.Tensor.share_memory_ = share_memory_
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 SWALLOWS = """
 import os, signal, sys
 from importlib.machinery import PathFinder

@@ -156,6 +156,7 @@ def test_a_second_run_in_a_folder_ends_at_once(whole, drawn_voc, tmp_path):
     process = start(drawn_voc, work_dir, *FLAGS)
     wait_for_iteration(process, work_dir, 1)
     process.kill()  # the lock dies with it, though workers of it may live on for seconds
+    process.wait()
     train(drawn_voc, work_dir, *AUTO)
     assert_same_run(work_dir, whole)
     finish(process, -signal.SIGKILL)
