@@ -206,7 +206,9 @@ class WorkFolder:
         """The entries of run.json."""
         try:
             entries = json.loads(self.record_path.read_bytes().decode())["starts"]
-            return [entry for entry in entries if entry["performance"] in (True, False)]
+            if not all(isinstance(entry["performance"], bool) for entry in entries):
+                raise ValueError("an entry does not say whether it measured speed")
+            return entries
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:

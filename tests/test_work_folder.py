@@ -254,3 +254,10 @@ def test_a_resumed_run_says_what_is_different(whole, own_drawn_voc, drawn_voc, t
         assert words in line
     assert json.loads((work_dir / "result.json").read_text())["best_iteration"] == 15
     assert state(work_dir / "ckpt/best.pth")["progress"]["iteration"] == 15
+
+
+def test_a_record_of_another_shape_is_one_line_and_stays(stopped, drawn_voc):
+    for content in ('{"starts": 5}', '[1]', '{"starts": [{}]}', '{"starts": [{"performance": "no"}]}'):
+        (stopped / "run.json").write_text(content)
+        assert "run.json: damaged (" in error_line(TRAIN, *train_flags(drawn_voc, stopped), *AUTO)
+        assert (stopped / "run.json").read_text() == content
