@@ -1,10 +1,12 @@
-"""What the command lines share: how flags are spelled, the types of their values, errors of one line, how they end.
+"""Command-line helpers: parser, argument types, error messages, exit.
 
-It imports nothing heavy, so that `--help` and usage errors answer at once.
+Every command imports this module first, before PyTorch. The body below prepares the process for that import.
 """
 import argparse
 import atexit
 import contextlib
+import ctypes
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -13,30 +15,69 @@ import sys
 import traceback
 from pathlib import Path
 
-from errors import UserError
+COMMANDS = ("train.py", "evaluate.py", "predict.py", "export.py", "convert_voc_aug.py")
+PROG = Path(sys.argv[0]).name
+REQUIREMENTS = ("numpy", "PIL", "scipy", "tqdm", "matplotlib", "torch")  # modules of requirements.txt
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that this process gets when its parent ends
+LARGEST = 2 ** 31  # limit of integer flags without another one
+MAX_SIDE, MAX_BATCH = 2 ** 14, 2 ** 14  # pixels, images: beyond any memory
+PARENT = os.getppid()
 
-REQUIREMENTS = ("numpy", "PIL", "scipy", "tqdm", "matplotlib", "torch")  # the modules of requirements.txt
-LARGEST = 2 ** 31  # of flags without another limit
-INTERRUPTED = 128 + signal.SIGINT  # the exit status, as shells report a signal
 
+def end_with_parent(number, parent):
+    """Asks Linux to send this process signal `number` when its parent ends. Exits if that has happened already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os._exit(128 + number)
+
+
+if PROG in COMMANDS:  # not where somebody imports a module of ours, say in a notebook
+    if sys.platform == "win32":
+        sys.exit(f"{PROG}: error: runs on Linux; on Windows, use WSL2")
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # or a broken torch_npu breaks `import torch`
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else each failed try to connect prints a C++ stack
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may swallow KeyboardInterrupt; `run` restores it
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun: if the launcher is killed, it saves and ends
+        end_with_parent(signal.SIGTERM, PARENT)
+    missing = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"{PROG}: error: this Python lacks {missing[0]}; pip install -r requirements.txt, or use "
+                 ".venv/bin/python, if run_1p.sh made it")
+
+
+class UserError(ValueError):
+    """An error the user can fix. The message is a single line that names the file, the value and a hint.
+
+    `run` prints it without a traceback. Every other exception is a bug and keeps its traceback.
+    """
+
+
+def first_line(error):
+    """The first line of an exception's message, or its type if the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- flags
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser for which `--data-path` is `--data_path`; an error is one line and exit status 2."""
+    """An ArgumentParser for which `--data-path` is `--data_path`. An error is one line and exit status 2."""
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
+    def __init__(self, description=None, **kwargs):
+        super().__init__(prog=kwargs.pop("prog", PROG), description=description, allow_abbrev=False, **kwargs)
         self.register("type", None, not_empty)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([underscored(arg) for arg in args], namespace)
+        return super().parse_known_args([underscored(str(arg)) for arg in args], namespace)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 def underscored(arg):
-    """`--data-path=my-data` -> `--data_path=my-data`; anything but a long flag is returned as it is."""
+    """`--data-path=my-data` -> `--data_path=my-data`. Anything but a long flag is returned unchanged."""
     if not arg.startswith("--"):
         return arg
     flag, equals, value = arg.partition("=")
@@ -44,19 +85,19 @@ def underscored(arg):
 
 
 def not_empty(text):
-    """The type of a flag that names none: text that is not empty, as an unset variable of a shell would be."""
+    """The default argparse type: rejects '', the value of an unset shell variable."""
     if not text:
         raise argparse.ArgumentTypeError("takes a value, not ''")
     return text
 
 
 def file_path(text):
-    """An argparse type: a pathlib.Path."""
+    """An argparse type: pathlib.Path."""
     return Path(not_empty(text))
 
 
 def number(low, high=LARGEST, kind=int, without=()):
-    """An argparse type: an int, or with `kind` a finite float, from `low` to `high`, but none of `without`."""
+    """An argparse type: an int, or a finite float if `kind` is float, in [low, high] and not in `without`."""
     bounds = f"{'above' if low in without else 'of at least'} {low}"
     if high not in (LARGEST, math.inf):
         bounds += f" and {'below' if high in without else 'at most'} {high}"
@@ -73,81 +114,132 @@ def number(low, high=LARGEST, kind=int, without=()):
 
 
 def class_weights(text):
-    """An argparse type: a file of numbers of at least 0, one a line -> a tuple of float."""
+    """An argparse type: a file with a number of at least 0 on each line -> tuple of float."""
     try:
         weights = tuple(map(number(0, math.inf, float), file_path(text).read_text(encoding="utf-8").split()))
+        if any(weights):
+            return weights
+        problem = "holds no number above 0"
     except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: cannot be read ({error})") from None
+        problem = f"cannot be read ({error})"
     except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{text}: a line {error}") from None
-    if not any(weights):
-        raise argparse.ArgumentTypeError(f"{text}: holds no number above 0")
-    return weights
+        problem = f"a line {error}"
+    raise argparse.ArgumentTypeError(f"{text}: {problem}")
 
+
+# ---- processes
 
 def usable_cores():
-    """How many cores this process may use; a container or a scheduler may grant fewer than the machine has."""
+    """How many cores this process may use. A container or a scheduler may grant fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def run(main, prog):
-    """Calls `main()` and exits with the status that it returns. Errors that the user can mend are one line.
+@contextlib.contextmanager
+def held_signals():
+    """Holds the stop signals back for the block. A worker forked in it gets none before `start_worker` ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    At the end no process started by this one is left, not even one that ignores signals.
+
+def start_worker(*_):
+    """The first call of a worker process. The worker is killed when its parent ends, and ignores the stop signals:
+    terminals and schedulers send these to every process, but the parent needs its workers until it has stopped."""
+    end_with_parent(signal.SIGKILL, multiprocessing.parent_process().pid)
+    for stop in STOP_SIGNALS:
+        signal.signal(stop, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    sys.excepthook = lambda *error: None  # of a queue's thread, when the parent has died
+
+
+def kill_children():
+    """Kills the workers of this process. They ignore SIGTERM, after which Python would wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a worker is killed
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+# ---- the end of a command
+
+def run(main, parse_args):
+    """Calls `main(parse_args())` and exits with its status. An error that the user can fix is one line.
+
+    Of several ranks on a machine, only the first to fail prints its error. No worker process is left.
     """
-    if sys.platform == "win32":
-        sys.exit(f"{prog}: error: runs on Linux; on Windows, run it in WSL2")
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # or a broken torch_npu breaks `import torch`
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, name in enumerate(("stdout", "stderr"), 1):
         if getattr(sys, name) is None:  # closed by the caller; a file opened later must not become it
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             setattr(sys, name, open(descriptor, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # class names in any script, under LC_ALL=C, too
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # class names in any script, also under LC_ALL=C
     try:
-        status = main()
+        status = main(parse_args())
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        status = INTERRUPTED
+        status = end_of_failure(128 + signal.SIGINT, f"{PROG}: interrupted")
     except SystemExit as ending:
-        status = ending.code
+        status = end_of_failure(ending.code)
     except Exception as error:
-        status = message_of(error, prog)
+        status = end_of_failure(1, message_of(error))
     kill_children()
     leave(status)
 
 
-def message_of(error, prog):
-    """What the user reads of an exception: one line where they can mend it, else the traceback."""
+def end_of_failure(status, message=None):
+    """Ends the workers and prints the message unless another rank failed before. -> the exit status
+
+    Called while the exception still holds its frames: a DataLoader would wait 5 s for each worker when they are freed.
+    """
+    kill_children()
+    if status and first_to_fail() and message:
+        print(message, file=sys.stderr)
+    return status
+
+
+def first_to_fail():
+    """True unless another rank of this machine failed before. torchrun makes a folder for each attempt, which the ranks
+    share: the first to fail creates a file there."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    try:
+        return not file or Path(file).parents[1].joinpath("failed").touch(exist_ok=False) is None
+    except FileExistsError:
+        return False
+
+
+def message_of(error):
+    """What the user reads of an exception: one line if the user can fix it, else the traceback.
+
+    The DataLoader raises the error of a worker anew, with the worker's traceback as its message.
+    """
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    line = line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
     if isinstance(error, UserError):
-        return f"{prog}: error: {error}"
+        return f"{PROG}: error: {line}"
+    lost = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)  # the worker's end of a pipe
+    if lost or "DataLoader worker (pid" in str(error):
+        return (f"{PROG}: error: a process that loads images died ({first_line(error)}); if memory ran out, lower "
+                "--workers")
     if isinstance(error, OSError):
-        return f"{prog}: error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
-    if isinstance(error, ModuleNotFoundError) and error.name in REQUIREMENTS:
-        return (f"{prog}: error: this Python lacks {error.name}; pip install -r requirements.txt, or use "
-                ".venv/bin/python, if run_1p.sh made it")
+        named = f"{error.filename}: " if error.filename else ""
+        return f"{PROG}: error: {named}{error.strerror or line}"
     return "".join(traceback.format_exception(error)).rstrip()
 
 
 def leave(status):
-    """Exits with a status as sys.exit does, but without Python's finalization where PyTorch is loaded.
+    """Exits as sys.exit does, but skips Python's finalization if PyTorch is loaded.
 
     A thread of gloo or of a loader that takes the GIL during the finalization is ended by Python, inside a C++
     destructor, which aborts the process (PyTorch's issues 38228 and 190489).
     """
-    if "torch" not in sys.modules:
-        sys.exit(status)
     if isinstance(status, str):
         print(status, file=sys.stderr)
         status = 1
+    if "torch" not in sys.modules:
+        sys.exit(status)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        with contextlib.suppress(OSError):  # nobody reads it
             stream.flush()
     os._exit(status or 0)
-
-
-def kill_children():
-    """Ends the processes that load images. They ignore SIGTERM (see loader.py), which Python would send and wait."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when one is killed
-    for child in multiprocessing.active_children():
-        child.kill()

@@ -1,47 +1,229 @@
-"""Turns SBD's MATLAB labels into VOC's palette PNGs and writes the lists `aug` and `trainaug`:
-`python convert_voc_aug.py data/VOCdevkit data/VOCdevkit/VOCaug --nproc 8`; `--download` fetches both data sets first.
+"""Converts SBD's MATLAB labels to VOC's palette PNGs and writes the lists aug.txt and trainaug.txt:
 
-A run that was interrupted continues: it keeps every label that is whole and newer than its .mat file.
+    python convert_voc_aug.py data/VOCdevkit data/VOCdevkit/VOCaug --nproc 8
+
+`--download` fetches both data sets first. An interrupted download or conversion resumes with the same command.
 """
-import signal
+import cli  # isort: skip  # it checks that the packages below are installed
+
+import hashlib
+import http.client
+import multiprocessing
+import shutil
 import sys
+import tarfile
+import urllib.error
+import urllib.request
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 
-import cli
+import numpy as np
+import scipy.io
+from PIL import Image
+from tqdm import tqdm
 
-PROG = "convert_voc_aug.py"
-TERMINATED = 128 + signal.SIGTERM  # the exit status, as shells report a signal
+from files import check_writable, remove_leftovers, whole_file, write_whole
+from voc import palette, read_lines
+
+NUM_CLASSES = 21
+FULL_COUNTS = {"aug": 9118, "trainaug": 10582}  # ids in the lists that the full data gives
+
+# URL, MD5 (both from voc.py and sbd.py of torchvision.datasets) and the folder to unpack.
+VOC_ARCHIVE = ("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+               "6cd6e144f989b92b3379bac3b3de84fd", "VOCdevkit/VOC2012")
+SBD_ARCHIVE = ("https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",
+               "82b4d87ceb2ed10f6038a1cba92111cb", "benchmark_RELEASE/dataset")
+TIMEOUT = 60  # seconds without a byte
+CHUNK = 2 ** 20  # bytes
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog=PROG, description="Turn SBD's labels into VOC's form.")
+    parser = cli.Parser(prog="convert_voc_aug.py", description="Convert SBD's labels to VOC's format.")
     parser.add_argument("devkit", metavar="DEVKIT", type=cli.file_path,
                         help="the folder that holds VOC2012, say data/VOCdevkit")
     parser.add_argument("aug", metavar="AUG", type=cli.file_path,
-                        help="SBD's folder, with dataset/cls or cls in it, say data/VOCdevkit/VOCaug")
+                        help="SBD's folder, which holds dataset/cls or cls, say data/VOCdevkit/VOCaug")
     parser.add_argument("--nproc", type=cli.number(1, 1024), default=cli.usable_cores(), metavar="N",
-                        help="processes (default: the CPU cores, here %(default)s)")
+                        help="worker processes (default: the CPU cores, here %(default)s)")
     parser.add_argument("-o", dest="out_dir", type=cli.file_path, metavar="DIR",
-                        help="where the PNGs go (default: DEVKIT/VOC2012/SegmentationClassAug, where train.py looks)")
+                        help="folder of the PNGs (default: DEVKIT/VOC2012/SegmentationClassAug, where train.py looks)")
     parser.add_argument("--download", action="store_true",
-                        help="fetch VOC 2012 (2 GB) into DEVKIT and SBD (1.4 GB) into AUG first, unless they are there")
+                        help="first download VOC 2012 (2 GB) to DEVKIT and SBD (1.4 GB) to AUG, unless they exist")
     return parser.parse_args(argv)
 
 
-def main():
-    args = parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # like Ctrl-C: the workers end, too
-    import sbd
-
+def main(args):
+    voc = args.devkit / "VOC2012"
     if args.download:
-        sbd.fetch_archives(args.devkit, args.aug)
-    problems = sbd.convert_data_set(args.devkit, args.aug, args.out_dir, args.nproc)
-    for problem in problems:
-        print(f"{PROG}: error: {problem}", file=sys.stderr)
+        fetch(VOC_ARCHIVE, voc)
+        fetch(SBD_ARCHIVE, args.aug / "dataset")
+    lists = voc / "ImageSets" / "Segmentation"
+    if not lists.is_dir():
+        raise cli.UserError(f"{lists}: there is no such folder; DEVKIT must hold VOC2012, which --download fetches")
+    train, val = (set(read_lines(lists / f"{name}.txt")) for name in ("train", "val"))
+    mats = sorted(args.aug.glob("dataset/cls/*.mat")) or sorted(args.aug.glob("cls/*.mat"))
+    if not mats:
+        raise cli.UserError(f"{args.aug}: holds no .mat files in dataset/cls or cls; AUG must hold SBD, which "
+                            "--download fetches")
+    out_dir = args.out_dir or voc / "SegmentationClassAug"
+    if out_dir.resolve() == (voc / "SegmentationClass").resolve():
+        raise cli.UserError(f"{out_dir}: holds VOC's own labels, which SBD's would overwrite; name another folder "
+                            "with -o")
+    for folder in (lists, out_dir):
+        check_writable(folder)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out_dir)
+
+    problems = convert_all(mats, out_dir, args.nproc)
+    print(f"{out_dir}: labels of {len(mats) - len(problems):,} images")
+    aug = {mat.stem for mat in mats} - problems.keys() - train - val
+    for name, ids in (("aug", aug), ("trainaug", aug | train)):
+        write_whole(lists / f"{name}.txt", "".join(f"{image_id}\n" for image_id in sorted(ids)))
+        full = FULL_COUNTS[name]
+        note = "" if len(ids) == full else f" (note: the full data gives {full:,})"
+        print(f"{name}.txt: {len(ids):,} images{note}")
+    for problem in problems.values():
+        print(f"{cli.PROG}: error: {problem}", file=sys.stderr)
     if problems:
-        print(f"{PROG}: error: the lists leave these out; mend the files and run the same command again",
+        print(f"{cli.PROG}: error: the lists leave out these images; fix the files and run the same command again",
               file=sys.stderr)
     return 1 if problems else 0
 
 
+# ---- conversion
+
+def convert_all(mats, out_dir, processes):
+    """Converts the files in parallel. -> {image id: error message} of those that are not labels
+
+    After an exception `cli.run` kills the workers. Ctrl-C therefore does not wait for a worker that hangs.
+    """
+    fork = multiprocessing.get_context("fork")  # the workers share the imports, which take seconds
+    pool = ProcessPoolExecutor(min(processes, len(mats)), fork, cli.start_worker)
+    try:
+        with cli.held_signals():
+            futures = [pool.submit(convert, mat, out_dir / f"{mat.stem}.png") for mat in mats]
+        messages = [future.result() for future in tqdm(futures, "converting", unit="label", disable=None)]
+    except BrokenProcessPool:
+        raise cli.UserError("a worker process was killed, perhaps because memory ran out; run the same command again "
+                            "with a smaller --nproc to convert the remaining labels") from None
+    pool.shutdown()
+    return {mat.stem: message for mat, message in zip(mats, messages, strict=True) if message}
+
+
+def convert(mat, png):
+    """Converts a .mat file to a palette PNG unless that is done. -> an error message or None"""
+    if not mat.is_file():  # opening a FIFO would block
+        return f"{mat}: is not a file; delete it, or unpack SBD again"
+    if len(mat.stem.split()) != 1 or not mat.stem.isprintable():  # the lists are split at white space
+        return f"{mat}: its name is not an image id; rename or delete it"
+    if is_done(mat, png):
+        return None
+    try:
+        label = scipy.io.loadmat(mat, variable_names="GTcls")["GTcls"]["Segmentation"][0, 0]
+    except Exception as error:  # SciPy raises many types on a damaged file
+        return (f"{mat}: cannot be read as an SBD label ({type(error).__name__}: {cli.first_line(error)}); unpack SBD "
+                "again")
+    if label.ndim != 2 or label.dtype != np.uint8 or label.size == 0 or label.max() >= NUM_CLASSES:
+        return f"{mat}: is not an SBD label, which is uint8 [H, W] with values 0..{NUM_CLASSES - 1}"
+    image = Image.fromarray(label)
+    image.putpalette(palette().tobytes())
+    with whole_file(png) as temporary:
+        image.save(temporary, "PNG")
+    return None
+
+
+def is_done(mat, png):
+    """True if the PNG is not older than the .mat file and can be decoded."""
+    try:
+        with Image.open(png) as image:
+            image.load()
+        return png.stat().st_mtime >= mat.stat().st_mtime
+    except Exception:  # Pillow raises many types on a damaged file
+        return False
+
+
+# ---- download
+
+def fetch(archive, target):
+    """Downloads an archive and unpacks its folder as `target`, unless that exists. `archive`: (URL, MD5, folder).
+
+    Nothing keeps two processes from downloading to the same file at once; its MD5 is then wrong.
+    """
+    url, md5, inner = archive
+    if target.exists():
+        print(f"{target} exists, so it is not downloaded")
+        return
+    if not hasattr(tarfile, "data_filter"):
+        raise cli.UserError(f"Python {sys.version.split()[0]} cannot unpack safely; take a newer release")
+    file = target.parent / url.rsplit("/", 1)[-1]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            download(url, md5, file)
+        if md5_of(file) != md5:
+            raise cli.UserError(f"{file}: its MD5 is not {md5}; delete it and run the same command again")
+        unpack(file, inner, target)
+    except (OSError, http.client.HTTPException, tarfile.TarError) as error:  # also URLError
+        raise cli.UserError(f"{url}: cannot be downloaded and unpacked as {target} ({cli.first_line(error)}); run the "
+                            f"same command again to resume, or place the archive at {file}") from None
+    file.unlink()
+
+
+def download(url, md5, file):
+    """Downloads a URL to `file` by way of FILE.part, with which the next call resumes if this one is interrupted."""
+    part = file.with_name(file.name + ".part")
+    resumed = receive(url, part)
+    if resumed and md5_of(part) != md5:  # the part was damaged or of another version
+        part.unlink()
+        receive(url, part)
+    part.replace(file)
+
+
+def receive(url, part):
+    """Downloads the bytes of a URL that the file `part` lacks. -> True if the earlier bytes were kept"""
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return True  # no bytes are missing
+        raise
+    with response:
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            start = 0  # the server sends the whole file
+        length = response.headers["Content-Length"]  # None if the server does not know it
+        total = start + int(length) if length else None
+        with open(part, "ab" if start else "wb") as out, tqdm.wrapattr(
+                response, "read", total, desc=part.stem, initial=start, disable=None) as source:
+            shutil.copyfileobj(source, out, CHUNK)
+    missing = (total or 0) - part.stat().st_size
+    if missing > 0:
+        raise ConnectionError(f"the connection broke {missing} bytes before the end")
+    return start > 0
+
+
+def md5_of(file):
+    digest = hashlib.md5()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def unpack(file, inner, target):
+    """Unpacks the folder `inner` of a tar file as `target`, whole or not at all.
+
+    tarfile's filter "data" refuses devices and members that would be written outside the folder.
+    """
+    scratch = target.with_name(f".{target.name}.unpacking")
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
+    try:
+        with tarfile.open(file) as tar:
+            tar.extractall(scratch, tqdm(tar, f"unpacking {file.name}", unit="file", disable=None), filter="data")
+        (scratch / inner).replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 if __name__ == "__main__":
-    cli.run(main, PROG)
+    cli.run(main, parse_args)

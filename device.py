@@ -1,52 +1,150 @@
-"""The device: which one is there, what it is called, how memory lies on it."""
+"""Where a command runs: the device, and the ranks (one process a card): how they start, join, stop and fail together.
+
+torchrun, called by the user or by `launch`, starts the ranks. When one fails, torchrun ends the others, and may restart
+all (--max_restarts). docs/reliability.md says what was tried.
+"""
+import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib.util
+import logging
 import os
 import platform
 import resource
+import signal
+import sys
+import tempfile
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from errors import DeviceError, RunError, first_line
+from cli import PARENT, PROG, STOP_SIGNALS, Parser, UserError, first_line, number, usable_cores
 
 KINDS = ("npu", "cuda", "cpu")  # in the order of --device auto
+BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}  # limit which devices a process sees
 LARGE_WEIGHT = 2 ** 25  # values; only vgg16's fc6 has more, 2 ** 26.6
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+DEFAULT_PORT = 29500  # torchrun's
+DEFAULT_TIMEOUT = 600  # seconds, NCCL's; enough for rank 0 to write a checkpoint while the others wait
+SAVING_TIME = 300  # seconds that a run has to save after a signal, before it is killed; torchrun's own are 30
+STOP_INTERVAL = 10  # iterations between two checks of the other ranks' signals on an accelerator
+CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)  # after which a rank prints nothing itself
 
+
+# ---- flags
+
+def add_device_flags(parser):
+    """The flags that say on which devices a command runs, and how its ranks are started."""
+    group = add_one_device_flags(parser.add_argument_group("devices, and the processes on them"))
+    group.add_argument("--device_list", type=device_list, metavar="0,1,..",
+                       help="several devices, a process for each, started by torchrun; with --device cpu only their "
+                            "count matters")
+    group.add_argument("--timeout", type=number(1), metavar="SECONDS",
+                       help=f"how long a process waits for the others before it ends (default: {DEFAULT_TIMEOUT})")
+    add_launch_flags(parser)
+
+
+def add_one_device_flags(group):
+    """The flags that say on which device a command runs. -> the group"""
+    group.add_argument("--device", default="auto", choices=("auto", "npu", "cuda", "gpu", "cpu"),
+                       help="auto takes an NPU, else CUDA, else the CPU (default: %(default)s)")
+    group.add_argument("--device_id", type=number(0), metavar="N",
+                       help="which of the devices, counted from 0 (default: 0)")
+    return group
+
+
+def add_launch_flags(parser):
+    """The flags for the launcher alone, which the ranks do not get. -> the parser"""
+    group = parser.add_argument_group("several machines (with --device_list)")
+    group.add_argument("--nnodes", type=number(1), metavar="N", help="number of machines (default: 1)")
+    group.add_argument("--node_rank", type=number(0), metavar="R", help="which of them this is (default: 0)")
+    group.add_argument("--addr", "--master_addr", metavar="IP",
+                       help="address of machine 0, where all processes meet (default: this machine)")
+    group.add_argument("--master_port", type=number(1, 65535), metavar="P",
+                       help=f"a free port there (default: {DEFAULT_PORT}; on one machine without --addr any)")
+    group.add_argument("--local_addr", metavar="IP",
+                       help="address of this machine; NPUs get it as HCCL_IF_IP")
+    group.add_argument("--max_restarts", type=number(0), metavar="N",
+                       help="how often to restart after a process died (default: 0)")
+    return parser
+
+
+def device_list(text):
+    """An argparse type: `0,1,2` -> ["0", "1", "2"]."""
+    devices = [str(number(0)(part)) for part in text.split(",")]
+    if len(set(devices)) < len(devices):
+        raise argparse.ArgumentTypeError(f"takes each device once, not '{text}'")
+    return devices
+
+
+def check_device_flags(parser, args):
+    """Flags about processes that contradict each other are a usage error."""
+    started = under_torchrun()
+    launch_flags = vars(add_launch_flags(Parser(add_help=False)).parse_args([]))
+    given = [flag for flag in launch_flags if getattr(args, flag) is not None]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    nodes = args.nnodes or 1
+    wrong = [name for name in VARIABLES if not os.environ.get(name) or (
+        name != "MASTER_ADDR" and not os.environ[name].isdecimal())]
+    if not args.device_list and wrong and (started or os.environ.get("WORLD_SIZE", "") not in ("", "1")):
+        parser.error(f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} is set as torchrun sets it, but {wrong[0]} is "
+                     f"'{os.environ.get(wrong[0], '')}'; start with torchrun or --device_list, or unset WORLD_SIZE")
+    if args.timeout is not None and not (args.device_list or started):
+        parser.error(f"--timeout {args.timeout} has no effect without --device_list: there is nobody to wait for")
+    if started and (given or args.device_id is not None):
+        flag = [*given, "device_id"][0]
+        parser.error(f"--{flag} {getattr(args, flag)} has no effect under torchrun, which sets that itself")
+    if started and args.device_list and len(args.device_list) != here:
+        parser.error(f"torchrun started {here} processes here for {len(args.device_list)} devices: "
+                     + ",".join(args.device_list))
+    if args.device_list and args.device_id is not None:
+        parser.error("--device_id and --device_list do not go together")
+    if given and not args.device_list:
+        parser.error(f"--{given[0]} {getattr(args, given[0])} has no effect without --device_list, which says how many "
+                     "processes there are")
+    if (args.node_rank or 0) >= nodes:
+        parser.error(f"--node_rank {args.node_rank}: the last of {nodes} is {nodes - 1}; --nnodes says how many")
+    if nodes > 1 and None in (args.addr, args.node_rank):
+        parser.error(f"--nnodes {nodes} needs --node_rank and --master_addr")
+    args.timeout = args.timeout or DEFAULT_TIMEOUT
+
+
+# ---- the device
 
 def choose_device(name="auto", device_id=None):
-    """The torch.device for a --device flag: npu, cuda (or gpu), cpu; `auto` takes the first of these that is there.
+    """The torch.device for a --device flag: npu, cuda (or gpu), cpu; `auto` takes the first of these that exists.
 
     device_id: which of several; None: the one of this process's local rank. There is one CPU, which ranks share.
-    Raises DeviceError if a named device is not there.
+    Raises UserError if a named device does not exist.
     """
     name = "cuda" if name == "gpu" else name
     missing = {kind: problem(kind) for kind in ("npu", "cuda") if name in (kind, "auto")}
     if name == "auto":
         name = next((kind for kind, why in missing.items() if why is None), "cpu")
     elif missing.get(name):
-        raise DeviceError(f"--device {name}: {missing[name]}; --device auto takes what is there")
+        raise UserError(f"--device {name}: {missing[name]}; --device auto takes what exists")
     count = 1 if name == "cpu" else getattr(torch, name).device_count()
     index = device_id
     if index is None:
         index = 0 if name == "cpu" else int(os.environ.get("LOCAL_RANK", 0))
     if index >= count:
-        raise DeviceError(f"there is no {name} device {index}; there are {count}, counted from 0; change --device_id "
-                          "or the number of processes")
+        raise UserError(f"there is no {name} device {index}; there are {count}, counted from 0; change --device_id "
+                        "or the number of processes")
     if name == "cpu":
         return torch.device("cpu")
     device = torch.device(name, index)
     getattr(torch, name).set_device(device)
-    if name == "npu" and not sees_overflows():
-        raise DeviceError(f"--device npu: {device} has no INF/NAN mode, without which overflows go unseen; it is not "
-                          "supported, take --device cpu")
+    # Inf and NaN where numbers overflow; an Ascend 910A has none. torch_npu lacks the question in some versions.
+    if name == "npu" and not getattr(getattr(torch.npu, "utils", None), "is_support_inf_nan", lambda: True)():
+        raise UserError(f"--device npu: {device} has no INF/NAN mode, without which overflows go unseen; it is not "
+                        "supported, use --device cpu")
     return device
-
-
-def sees_overflows():
-    """Whether the NPU computes Inf and NaN where numbers overflow; an Ascend 910A does not."""
-    utils = getattr(torch.npu, "utils", None)  # where torch_npu documents the question; it lacks it in some versions
-    return getattr(utils, "is_support_inf_nan", lambda: True)()
 
 
 @functools.cache  # a second import of a broken torch_npu raises another error
@@ -64,31 +162,31 @@ def problem(kind):
 
 
 def describe(device, asked):
-    """The device in words. asked: the --device flag; for `auto`, why it is none of those that come first."""
+    """A description of the device. asked: the --device flag; for `auto` it says why the earlier kinds were skipped."""
     if device.type == "cpu":
         what = f"{platform.machine()}, {torch.get_num_threads()} threads"
     else:
         what = getattr(torch, device.type).get_device_name(device)
-    passed_over = KINDS[:KINDS.index(device.type)] if asked == "auto" else []
-    return f"{device} ({'; '.join([what, *(f'no {kind}: {problem(kind)}' for kind in passed_over)])})"
+    skipped = KINDS[:KINDS.index(device.type)] if asked == "auto" else []
+    return f"{device} ({'; '.join([what, *(f'no {kind}: {problem(kind)}' for kind in skipped)])})"
 
 
 def synchronize(device):
-    """Waits until the device has finished its queued work, for a clock to mean something."""
+    """Waits until the device has finished its queued work, so that a clock can be read."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
 
 
 def peak_memory(device):
-    """The most memory that tensors held on the device, on a CPU the most the process held; in bytes."""
+    """The most memory that tensors held on the device, in bytes. On a CPU, the most that the process held."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     return getattr(torch, device.type).max_memory_allocated(device)
 
 
 def memory_format(device):
-    """Channels last, in which convolutions are faster, but not on an NPU, whose operators take contiguous tensors
-    alone, so that torch_npu would copy every other."""
+    """Channels last, in which convolutions are faster, except on an NPU: its operators take contiguous tensors alone,
+    so that torch_npu would copy every other."""
     return torch.contiguous_format if device.type == "npu" else torch.channels_last
 
 
@@ -103,57 +201,250 @@ def place(model, device):
     return model
 
 
-def pins_memory(device):
-    """Whether batches go through page-locked memory, from which they are copied while the device computes."""
-    return device.type != "cpu"
-
-
-def to_device(batch, device):
-    """A batch's tensors on the device, without waiting for the copies where the memory is page-locked."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-
 @contextlib.contextmanager
-def memory_errors(remedy):
-    """Turns an out-of-memory error into a RunError. On a CPU, and in some versions of torch_npu, that is a bare
-    RuntimeError, which only its text tells."""
+def readable_errors(memory_hint):
+    """Turns an out-of-memory error, and that of a collective operation whose peers are gone, into a UserError.
+
+    On a CPU, and in some versions of torch_npu, out of memory is a bare RuntimeError; so is what gloo raises. Only
+    their texts tell them.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        named = ("DefaultCPUAllocator: can't allocate memory", "NPU out of memory")
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in named):
-            raise RunError(f"memory ran out ({first_line(error)}); {remedy}") from None
+        text = str(error)
+        memory = ("DefaultCPUAllocator: can't allocate memory", "NPU out of memory")
+        peers = ("gloo", "connection", "socket", "hccl", "timed out")
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in text for words in memory):
+            raise UserError(f"memory ran out ({first_line(error)}); {memory_hint}") from None
+        if dist.is_initialized() and "DataLoader" not in text and (
+                isinstance(error, dist.DistError) or any(words in text.lower() for words in peers)):
+            raise UserError(f"rank {dist.get_rank()}: lost the other processes ({first_line(error).split('. ')[0]})"
+                            ) from None
         raise
 
 
-@contextlib.contextmanager
-def convolutions(device, training):
-    """A context: how cuDNN, or an NPU, computes convolutions.
+# ---- ranks
 
-    In training every crop has one shape: cuDNN tries its algorithms once (mmsegmentation's cudnn_benchmark). Float32
-    convolutions use TF32 there, on an NPU HF32, the defaults of PyTorch and torch_npu (torch.npu.conv.allow_hf32, in
-    Ascend Extension for PyTorch's API reference). In evaluation shapes vary, and float32 is float32.
+def under_torchrun():
+    """True if torchrun, or something that sets all of its variables, started this process."""
+    return all(os.environ.get(name) for name in VARIABLES)
+
+
+def must_launch(args):
+    """True if this process must launch the ranks itself."""
+    return args.device_list is not None and not under_torchrun()
+
+
+def visible_devices(device, devices):
+    """The devices to use, one rank each. This process and its children see only these, counted from 0.
+
+    If the environment names some, those win: a scheduler or a user who sets that knows the machine.
     """
-    if device.type == "cuda":
-        cudnn = torch.backends.cudnn
-        with cudnn.flags(enabled=True, benchmark=training, benchmark_limit=cudnn.benchmark_limit,
-                         deterministic=cudnn.deterministic, allow_tf32=training and cudnn.allow_tf32):
-            yield
-    elif device.type == "npu" and hasattr(torch.npu, "conv"):
-        before = torch.npu.conv.allow_hf32
-        torch.npu.conv.allow_hf32 = training and before
+    kinds = [kind for kind in VISIBLE if device in ("auto", kind) or (device, kind) == ("gpu", "cuda")]
+    for variable in (VISIBLE[kind] for kind in kinds):
+        by_hand = os.environ.get(variable)
+        if by_hand:
+            if by_hand != ",".join(devices):
+                print(f"{PROG}: {variable}={by_hand} is set, it wins over --device_list {','.join(devices)}",
+                      file=sys.stderr)
+            return by_hand.split(",")
+    for kind in kinds:
+        os.environ[VISIBLE[kind]] = ",".join(devices)
+    return devices
+
+
+def launch(args, script):
+    """Runs `script` under torchrun with this command's flags, a rank for each of --device_list. -> exit status"""
+    devices = visible_devices(args.device, args.device_list)
+    os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ["TORCH_CPP_LOG_LEVEL"].replace("FATAL", "ERROR")  # of the ranks
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_TIME))  # PyTorch 2.6 always waits 30 s
+    # torchrun would set 1. These are the cores that each rank has.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // len(devices))))
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup, which torchrun would undo
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
+    if args.local_addr:
+        os.environ.setdefault("HCCL_IF_IP", args.local_addr)
+    logging.disable(logging.CRITICAL)  # torchrun's report; the ranks say what is wrong
+    own = add_launch_flags(Parser(add_help=False))
+    own.add_argument("--device_list")
+    flags = [*own.parse_known_args()[1], "--device_list", ",".join(devices)]
+    with tempfile.TemporaryDirectory(prefix="fcn8s-") as logs:
         try:
-            yield
-        finally:
-            torch.npu.conv.allow_hf32 = before
-    else:
+            torchrun.main([*map(str, meeting(args)), "--log_dir", logs, "--nproc_per_node", str(len(devices)),
+                           "--max_restarts", str(args.max_restarts or 0), script, *flags])
+        except SignalException as stopped:
+            return 128 + stopped.sigval
+        except ChildFailedError as error:
+            return status_of(error)
+        except RuntimeError as error:  # a port in use, a machine that does not answer or does not come
+            if not isinstance(error, dist.DistError) and "EADDRINUSE" not in str(error):
+                raise
+            where = f"{args.addr or '127.0.0.1'}:{args.master_port or DEFAULT_PORT}"
+            if "EADDRINUSE" in str(error):
+                raise UserError(f"port {where.split(':')[-1]} is in use on this machine; name another by --master_port"
+                                ) from None
+            raise UserError(f"could not meet the other machines at {where} within {args.timeout} s, the --timeout "
+                            f"({first_line(error)})") from None
+    return 0
+
+
+def meeting(args):
+    """torchrun's flags about where the machines meet."""
+    if not (args.addr or args.master_port):
+        return ["--standalone"]
+    # A machine tries to reach machine 0 twice, each time for the whole of torchrun's timeout.
+    timeout = max(1, args.timeout // 2) if args.node_rank else args.timeout
+    flags = ["--nnodes", args.nnodes or 1, "--node_rank", args.node_rank or 0, "--master_addr",
+             args.addr or "127.0.0.1", "--master_port", args.master_port or DEFAULT_PORT,
+             "--rdzv_conf", f"timeout={timeout}"]
+    return flags + (["--local_addr", args.local_addr] if args.local_addr else [])
+
+
+def status_of(error):
+    """The exit status of a run whose ranks failed. Reports those that were killed, which could not do so themselves.
+
+    The status of a stop comes first: a peer that lost a stopped rank fails within the same second, and torchrun's
+    timestamps are whole seconds.
+    """
+    codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
+    for rank, code in codes.items():
+        if -code in CRASHES:
+            print(f"{PROG}: error: rank {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
+    stops = [code for code in codes.values() if code - 128 in STOP_SIGNALS]
+    crashes = [128 - code for code in codes.values() if -code in CRASHES]
+    failures = [code for code in codes.values() if code > 0]
+    return [*stops, *crashes, *failures, 128 + signal.SIGTERM][0]  # the last: torchrun's, to the peers of a failed rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The processes of one run, and this one's place among them; alone it is rank 0 of 1.
+
+    count: the world size; here: how many of them are on this machine; local_rank: which of those this is
+    pids: the process ids of those on this machine
+    """
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    here: int = 1
+    pids: tuple = ()
+
+    def share(self, value):
+        """Broadcasts rank 0's value. -> it, in every rank"""
+        values = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    def once_a_machine(self, work):
+        """Calls `work` in the first rank of each machine; the others wait. -> rank 0's result, in every rank"""
+        return self.share(work() if self.local_rank == 0 else None)
+
+    def sum(self, tensor):
+        """The sum of a tensor over all ranks, in place. -> the tensor"""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def leave(self):
+        """Ends the process group."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
+
+def join_ranks(args):
+    """Chooses this process's device. Under torchrun, waits for the other ranks, at most --timeout seconds. -> Ranks"""
+    if not under_torchrun():
+        return Ranks(choose_device(args.device, args.device_id))
+    if args.device_list:
+        visible_devices(args.device, args.device_list)
+    rank, local_rank, count, here = (int(os.environ.get(name) or 1) for name in (
+        "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    device = choose_device(args.device)
+    if count > 1:
+        limit = timedelta(seconds=args.timeout)
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Python handler does not run in the C++ rendezvous
+        try:
+            # After a restart, gloo would wait on the addresses of the attempt before: each attempt has a prefix.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+                                     next(dist.rendezvous("env://", timeout=limit))[0])
+            dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=count, timeout=limit)
+        except (dist.DistError, RuntimeError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"rank {rank} could not meet the other processes at {where} within {args.timeout} s "
+                            f"({first_line(error)})") from None
+        signal.signal(signal.SIGINT, interrupt)
+    pids = [os.getpid()] * count
+    if count > 1:
+        dist.all_gather_object(pids, os.getpid())
+    first = rank - local_rank
+    return Ranks(device, rank, count, local_rank, here, tuple(pids[first:first + here]))
+
+
+class Stop:
+    """The stop signals: SIGTERM, SIGINT, and SIGHUP unless nohup ignores it. A context that restores their handlers.
+
+    At first, and during an evaluation, a signal ends the process at once: everything is saved. While `deferred`,
+    `agreed` tells all ranks to stop after the same iteration.
+    """
+
+    def __init__(self, ranks):
+        self.ranks, self.number, self.deferred, self.before = ranks, 0, False, {}
+
+    def __enter__(self):
+        for stop in STOP_SIGNALS:
+            if signal.getsignal(stop) is not signal.SIG_IGN:
+                self.before[stop] = signal.signal(stop, self.record)
+        return self
+
+    def __exit__(self, *error):
+        signal.alarm(0)
+        for stop, handler in self.before.items():
+            signal.signal(stop, handler)
+
+    def record(self, number, frame):
+        """The signal handler. A second Ctrl-C ends the process at once; Slurm sends SIGTERM twice."""
+        if not self.deferred or number == signal.SIGINT == self.number:
+            sys.exit(self.status(number))
+        self.number = number
+        signal.alarm(SAVING_TIME)  # ends a run that cannot stop, say because a dead file server blocks the loader
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """A context for an evaluation, before which all is saved: a signal ends the process at once."""
+        self.deferred = False
+        if self.number:
+            sys.exit(self.status(self.number))
         yield
+        self.deferred = True
 
+    def agreed(self, iteration):
+        """The signal on which the run stops after this iteration, else 0; the same in every rank.
 
-def on_cpu(state):
-    """The same nested dicts and lists with all tensors on the CPU, so that any machine can read them."""
-    if isinstance(state, torch.Tensor):
-        return state.cpu()
-    if isinstance(state, dict):
-        return {key: on_cpu(value) for key, value in state.items()}
-    return [on_cpu(value) for value in state] if isinstance(state, (list, tuple)) else state
+        On accelerators only every STOP_INTERVAL-th iteration asks, as asking waits for the device.
+        """
+        if self.ranks.count == 1:
+            return self.number
+        if self.ranks.device.type != "cpu" and iteration % STOP_INTERVAL:
+            return 0
+        number = torch.tensor([self.number], device=self.ranks.device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    def leave(self, number):
+        """Ends all ranks together, once rank 0 has saved. -> the exit status"""
+        status = self.status(number) if self.ranks.local_rank == 0 else 128 + number
+        self.ranks.sum(torch.zeros(1, device=self.ranks.device))  # a barrier
+        return status
+
+    def status(self, number):
+        """The exit status after a signal. Passes it to torchrun first, which then does not restart the ranks.
+
+        If a rank has died, the signal is torchrun's, to the peers of a failed rank, and it may restart them.
+        """
+        if not all(os.path.exists(f"/proc/{pid}") for pid in self.ranks.pids):
+            return 1
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == PARENT:
+            os.kill(PARENT, number)
+        return 128 + number

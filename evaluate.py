@@ -1,17 +1,41 @@
 """Scores a trained network on a list of images: `python evaluate.py CHECKPOINT --data_path data/VOCdevkit/VOC2012`.
 
-Prints IoU and accuracy of each class, then aAcc, mIoU, mAcc in per cent, and the images per second. Beside a checkpoint
-of train.py it writes the summary FCN_bs<batch>_<cards>p_val.log.
+Prints IoU and accuracy of each class, then aAcc, mIoU, mAcc in per cent, and the images per second. Writes the summary
+FCN_bs<batch>_<cards>p_val.log into the folder of a checkpoint of train.py.
 """
+import json
+import math
+import sys
+import time
 from pathlib import Path
 
-from cli import Parser, file_path, number, run
-from flags import MAX_BATCH, add_network_flags, add_protocol_flags, check_protocol, from_args
-from launch import Launch, add_device_flags, check_devices, is_launcher, launch, visible_devices
+from cli import MAX_BATCH, PROG, Parser, UserError, file_path, number, run  # isort: skip, see cli
+
+import visualize
+from data import open_split, val_batches
+from device import (
+    add_device_flags,
+    check_device_flags,
+    describe,
+    join_ranks,
+    launch,
+    must_launch,
+    place,
+    readable_errors,
+    synchronize,
+)
+from files import check_new_file, check_no_overlap, check_writable, write_whole
+from inference import Protocol, add_protocol_flags, check_protocol, evaluate
+from metrics import MEANS, for_json, format_table, scores_of, summary
+from voc import LISTS, read_classes
+from weights import Checkpoint, add_network_flags
+from work_dir import write_summary
+
+FOLDERS = {"compared": ".png", "overlay": ".jpg"}  # sub-folders of --save_dir
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="evaluate.py", description="Score a trained network on a list of images.",
+    parser = Parser("Score a trained network on a list of images.",
                     usage="%(prog)s CHECKPOINT --data_path DIR [flags]")
     add_network_flags(parser)
 
@@ -41,7 +65,7 @@ def parse_args(argv=None):
                      help="images of one shape that run together (default: 1 on a CPU, else 8)")
     add_device_flags(parser)
     args = parser.parse_args(argv)
-    check_devices(parser, args)
+    check_device_flags(parser, args)
     check_protocol(parser, args)
     if args.overlay and not args.save_dir:
         parser.error("--overlay has no effect without --save_dir")
@@ -50,15 +74,110 @@ def parse_args(argv=None):
     return args
 
 
-def main():
-    args = parse_args()
-    args.device_list = visible_devices(args.device, args.device_list)
-    if is_launcher(args.device_list):
-        return launch(from_args(Launch, args), __file__)
-    from inference import Protocol
-    from scoring import Settings, score
-    return score(from_args(Settings, args), from_args(Protocol, args))
+def main(args):
+    if must_launch(args):
+        return launch(args, __file__)
+    started, ranks = time.perf_counter(), join_ranks(args)
+    device = ranks.device
+    with readable_errors("lower --batch_size or --scale, or use windows by --slide"):
+        checkpoint = Checkpoint.read(args.checkpoint, args.backbone, args.at_once)
+        model = checkpoint.network()
+        names = class_names(args, checkpoint)
+        protocol = Protocol.of(args).with_scale_of(checkpoint)
+        lists = checkpoint.meta.get("lists")
+        data = open_split(args.data_path, args.split, lists)
+        write = picture_writer(args, data, names, checkpoint.colours()) if args.save_dir else None
+        if args.json is not None:
+            list_files = Path(args.data_path, LISTS).glob("*.txt")
+            read = [*data.files(), *list_files, *([args.classes] if args.classes else [])]
+            check_no_overlap(read, [args.json], f"--json {args.json}")
+            check_new_file(args.json)
+        sizes = ranks.once_a_machine(lambda: data.check(len(names), args.max_images))
+        protocol.check(sizes)
+        model = place(model, device)
+        if ranks.rank == 0:
+            whose = " of the checkpoint's lists" if (lists or {}).get(args.split) == data.ids else ""
+            print(f"{checkpoint.backbone} from {checkpoint.source}: {checkpoint.kind}\n{len(sizes)} images of "
+                  f"'{args.split}'{whose}, {protocol}, on {ranks.count} x {describe(device, args.device)}, "
+                  f"{protocol.precision(device)}", flush=True)
+            font = visualize.missing_font(names) if args.save_dir else None
+            if font:
+                print(f"note: {font}")
+        since = time.perf_counter()
+        batches = val_batches(data, sizes, protocol, args.workers, ranks)
+        confusion = evaluate(model, batches, protocol, ranks, write, len(sizes) // ranks.count)
+        synchronize(device)
+        seconds = time.perf_counter() - since
+        if ranks.rank == 0:
+            report(args, scores_of(confusion), names, len(sizes), seconds, checkpoint)
+            if checkpoint.training is not None:  # of train.py: the Ascend port's summary in its folder
+                values = {"Split": args.split, "Images": len(sizes), **fractions(scores_of(confusion)),
+                          "ValTime": seconds, "E2EValTime": time.perf_counter() - started}
+                write_val_summary(args, checkpoint, protocol.batch_on(device), ranks.count, values)
+        ranks.leave()
+    return 0
+
+
+def class_names(args, checkpoint):
+    """The names of the classes: of --classes, else the checkpoint's. Raises UserError unless there is one each."""
+    names = read_classes(args.classes) if args.classes else checkpoint.names()
+    count = checkpoint.num_classes
+    if names is None or len(names) != count:
+        whose = f"{args.classes} has {len(names)}" if names else "but no names of them"
+        raise UserError(f"{args.checkpoint}: has {count} classes, {whose}; pass its own by --classes FILE")
+    return names
+
+
+def report(args, scores, names, images, seconds, checkpoint):
+    """Prints the scores, and writes --json, where NaN is null."""
+    print(format_table(scores, names))
+    print(f"{summary(scores)}  ({images / seconds:.2f} images/s)")
+    if args.save_dir:
+        print(f"pictures in {args.save_dir}")
+    if args.json is None:
+        return
+    scores = for_json(scores, names)
+    classes = {name: {"IoU": scores["IoU"][name], "Acc": scores["Acc"][name]} for name in names}
+    result = {"checkpoint": args.checkpoint, "iteration": checkpoint.iteration(), "split": args.split,
+              "images": images, "aAcc": scores["aAcc"], "mIoU": scores["mIoU"], "mAcc": scores["mAcc"],
+              "images_per_second": images / seconds, "seconds": seconds, "classes": classes}
+    write_whole(args.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+
+def fractions(scores):
+    """The means as the port has them: fractions, None for NaN."""
+    return {name: None if math.isnan(scores[name]) else scores[name] / 100 for name in MEANS}
+
+
+def write_val_summary(args, checkpoint, batch_size, cards, values):
+    """The Ascend port's summary of an evaluation, in the checkpoint's folder if that can be written to."""
+    try:
+        write_summary(Path(args.checkpoint).parent, checkpoint.backbone, batch_size, cards, "val", values)
+    except OSError as error:  # another's folder; the scores are printed
+        print(f"{PROG}: no summary in the checkpoint's folder: {error.filename}: {error.strerror}", file=sys.stderr)
+
+
+def picture_writer(args, data, names, colours):
+    """For evaluate's `each`: writes the pictures of an image into --save_dir, where nothing of the data lies."""
+    folder = args.save_dir
+    kinds = {"compared": FOLDERS["compared"], **({"overlay": FOLDERS["overlay"]} if args.overlay else {})}
+    written = [folder / f"{name}.png" for name in data.ids] + [
+        folder / kind / f"{name}{suffix}" for name in data.ids for kind, suffix in kinds.items()]
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in data.ids):
+        raise UserError(f"--save_dir {folder}: the list has ids that lead out of the data folder; take another list")
+    check_no_overlap(data.files(), written, f"--save_dir {folder}")
+    check_writable(folder)
+
+    def write(index, prediction):
+        image, label = data[index]
+        image, name = image.permute(1, 2, 0).numpy(), data.ids[index]
+        visualize.save(visualize.class_picture(prediction, colours), folder / f"{name}.png")
+        compared = visualize.comparison(image, label.numpy(), prediction, names, colours)
+        visualize.save(compared, folder / "compared" / f"{name}.png")
+        if args.overlay:
+            visualize.save(visualize.overlay(image, prediction, names, colours), folder / "overlay" / f"{name}.jpg")
+    return write
 
 
 if __name__ == "__main__":
-    run(main, "evaluate.py")
+    run(main, parse_args)

@@ -1,12 +1,23 @@
 """Writes a trained network as an ONNX file: `python export.py CHECKPOINT model.onnx`, checked with ONNX Runtime."""
+import importlib.util
+import warnings
 from pathlib import Path
 
-from cli import Parser, file_path, number, run
-from flags import MAX_SIDE, add_network_flags
+from cli import MAX_SIDE, Parser, UserError, file_path, number, run  # isort: skip, see cli
+import numpy as np
+import torch
+
+from files import check_new_file, whole_file
+from transforms import normalise
+from weights import Checkpoint, add_network_flags
+
+TOLERANCE = 1e-4  # of the largest logit
+OPSET = 11  # the oldest with PyTorch's way to resize, for engines that lag behind
+TRACED, OTHERS = (2, 96, 120), ((1, 65, 33), (3, 40, 150))  # batch, height, width to check a dynamic file
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="export.py", description="Write a trained network as an ONNX file.",
+    parser = Parser("Write a trained network as an ONNX file.",
                     usage="%(prog)s CHECKPOINT FILE [--size HEIGHT WIDTH] [flags]")
     add_network_flags(parser)
     parser.add_argument("file", metavar="FILE", type=file_path, help="the ONNX file")
@@ -18,11 +29,73 @@ def parse_args(argv=None):
     return args
 
 
-def main():
-    args = parse_args()
-    from onnx_file import export
-    return export(args.checkpoint, args.file, args.size, args.backbone, args.at_once)
+def main(args):
+    """Writes the network of a checkpoint as an ONNX file, if ONNX Runtime then computes what PyTorch does."""
+    missing = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"the export needs packages that are missing; pip install {' '.join(missing)}")
+    check_new_file(args.file)
+    checkpoint = Checkpoint.read(args.checkpoint, args.backbone, args.at_once)
+    network = WithPreparation(checkpoint.network()).eval()
+    traced, others = ((1, *args.size), ()) if args.size else (TRACED, OTHERS)
+    with whole_file(args.file) as temporary:
+        write_onnx(network, checkpoint.names() or (), traced, temporary, dynamic=bool(others))
+        difference = max(onnx_difference(network, temporary, shape) for shape in (traced, *others))
+        if not difference <= TOLERANCE:
+            raise UserError(f"{args.file}: not written, as ONNX Runtime's logits differ from PyTorch's by "
+                            f"{difference:.1e} of the largest; at most {TOLERANCE} is right")
+    shape = "x".join(map(str, args.size)) if args.size else "of any size and number"
+    print(f"{checkpoint.backbone} from {checkpoint.source}: {checkpoint.kind}\n{args.file}: images, float32 RGB "
+          f"0..255, {shape} -> logits of {checkpoint.num_classes} classes, float32\nONNX Runtime agrees with PyTorch "
+          f"to {difference:.1e} of the largest logit")
+    return 0
+
+
+class WithPreparation(torch.nn.Module):
+    """A network as it is exported: images float32 [N, 3, H, W], RGB, 0..255 -> logits [N, C, H, W]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(normalise(images, self.model.form))["out"]
+
+
+def write_onnx(network, names, shape, path, dynamic):
+    """Traces the network on images of a shape (batch, height, width); `dynamic`: the file takes any shape.
+
+    The file's metadata have the names of the classes under `classes`, one a line.
+    """
+    import onnx  # only here: nothing else needs it
+
+    axes = {0: "batch", 2: "height", 3: "width"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter is the older of PyTorch's two
+        # The newer one (dynamo=True) needs onnxscript, whose releases for PyTorch 2.6 fix the size.
+        torch.onnx.export(network, (random_images(shape),), path, input_names=["images"], output_names=["logits"],
+                          opset_version=OPSET, dynamo=False,
+                          dynamic_axes={"images": axes, "logits": axes} if dynamic else None)
+    file = onnx.load(path)
+    onnx.helper.set_model_props(file, {"classes": "\n".join(names)})
+    onnx.save(file, path)
+
+
+def onnx_difference(network, path, shape):
+    """The largest difference between ONNX Runtime's and PyTorch's logits, relative to the largest logit."""
+    import onnxruntime  # only here: nothing else needs it
+
+    images = random_images(shape)
+    with torch.inference_mode():
+        expected = network(images).numpy()
+    got, = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})
+    return float(np.abs(got - expected).max() / max(1, np.abs(expected).max()))
+
+
+def random_images(shape):
+    batch, height, width = shape
+    return torch.randint(0, 256, (batch, 3, height, width), generator=torch.Generator().manual_seed(0)).float()
 
 
 if __name__ == "__main__":
-    run(main, "export.py")
+    run(main, parse_args)

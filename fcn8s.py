@@ -9,12 +9,13 @@ which of two ways to predict at stride 8 is used:
 
 Shapes: N images of H x W pixels, C classes; a map of stride s has ceil(H / s) x ceil(W / s) pixels.
 """
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbones import BACKBONES, backbone_class
-from errors import WeightsError
+from cli import UserError
 
 FORMS = ("unpadded", "padded", "at_once")  # of vgg16, see VGG16.use_form
 SKIP_STRIDES = (8, 16, 32)
@@ -24,17 +25,17 @@ STRIDE = 8  # of the logits before they are enlarged
 class FCN8s(nn.Module):
     """A segmentation network: images [N, 3, H, W], normalised RGB, any H and W of at least 1 -> a dict of
 
-    out: logits [N, C, H, W]; aux: the auxiliary head's, likewise, in training mode if the network has that head.
+    out: logits [N, C, H, W]; aux: those of the auxiliary head, in training mode if the network has that head.
 
-    Raises WeightsError for a backbone that is not in the table.
+    Raises UserError for a backbone that is not in the table.
     """
 
     def __init__(self, num_classes=21, backbone="resnet50_d8"):
         super().__init__()
         if backbone not in BACKBONES:
-            raise WeightsError(f"there is no backbone '{backbone}'; there are {', '.join(BACKBONES)}")
+            raise UserError(f"there is no backbone '{backbone}'; there are {', '.join(BACKBONES)}")
         self.num_classes, self.backbone_name, self.form = num_classes, backbone, "unpadded"
-        self.backbone = backbone_class(backbone)()
+        self.backbone = BACKBONES[backbone].network()
         channels, self.auxiliary_head = self.backbone.channels, None
         if self.backbone.strides == SKIP_STRIDES:
             self.decode_head = SkipHead(channels, num_classes)
@@ -45,7 +46,7 @@ class FCN8s(nn.Module):
     def use_form(self, form):
         """Switches to a form of vgg16, see VGG16.use_form; every other network has the form "unpadded" alone."""
         if form not in FORMS or (form != "unpadded" and not hasattr(self.backbone, "use_form")):
-            raise WeightsError(f"there is no form '{form}' of {self.backbone_name}")
+            raise UserError(f"there is no form '{form}' of {self.backbone_name}")
         if hasattr(self.backbone, "use_form"):
             self.backbone.use_form(form)
             self.decode_head.use_form(form)
@@ -91,8 +92,8 @@ class VGG16(nn.Module):
 
         unpadded: ours, and for new trainings; RGB images, normalised
         padded: the original release's FCN-8s, which pads conv1_1 by 100 so that `fc6` needs no padding, and crops the
-            scores into place; BGR images of 0..255 minus their mean (`augment.normalise`), of their own size
-        at_once: likewise, for the network trained at once, whose pools are scaled down before they are scored
+            scores into place; BGR images of 0..255 minus their mean (`transforms.normalise`), of their own size
+        at_once: the padded form of the network trained at once, which scales its pools down before it scores them
         """
         first, fc6 = (1, 3) if form == "unpadded" else (100, 0)
         self.conv1_1.padding, self.fc6.padding = (first, first), (fc6, fc6)
@@ -100,14 +101,14 @@ class VGG16(nn.Module):
     def from_imagenet(self, state):
         """torchvision's VGG-16 under our names: its convolutions in order, its first two linear layers as fc6, fc7.
 
-        Raises WeightsError if it has another number of layers.
+        Raises UserError if it has another number of layers.
         """
         if "fc6.weight" in state:
             return state
         names = list(dict(self.named_children()))
         layers = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
         if len(layers) != len(names) + 1:  # and the class layer, which is left out
-            raise WeightsError(f"does not fit vgg16, it has {len(layers)} layers with weights, not {len(names) + 1}")
+            raise UserError(f"does not fit vgg16, it has {len(layers)} layers with weights, not {len(names) + 1}")
         converted = {}
         for name, layer in zip(names, layers, strict=False):
             weight = state[f"{layer}.weight"]
@@ -311,7 +312,7 @@ class ConvHead(nn.Module):
     """mmsegmentation's FCN head, on one of the backbone's outputs.
 
     feature: which output; channels: how many it has
-    convs: how many 3x3 convolutions to `width` channels; concat_input: one more over the features beside their result
+    convs: how many 3x3 convolutions to `width` channels; concat_input: one more over the features and their result
     """
     DROPOUT = 0.1  # of whole channels
 
@@ -344,3 +345,43 @@ def upsample(logits, size):
     """
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     return F.interpolate(logits.contiguous(), size, mode="bilinear", align_corners=False)
+
+
+# ---- the table of backbones; to add one, write its class (see ResNet for what it must offer) and a row
+
+OPENMMLAB = "https://download.openmmlab.com/pretrain/third_party/"
+MMSEG = "https://download.openmmlab.com/mmsegmentation/v0.5/fcn/"
+R50_VOC, R101_VOC = "fcn_r50-d8_512x512_20k_voc12aug", "fcn_r101-d8_512x512_20k_voc12aug"
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A row of the table.
+
+    network: the class of the backbone
+    imagenet: where its ImageNet weights are: a URL, whose file name ends in the first 8 digits of the file's SHA-256,
+        or the name of a torchvision weights enum, say "ResNet50_Weights.IMAGENET1K_V1"; None: there are none
+    voc: the URL of a whole network trained on VOC 2012 + SBD, which goes by the name "<backbone>_voc"; or None
+    lr: the default learning rate
+    """
+    network: type
+    imagenet: str | None = None
+    voc: str | None = None
+    lr: float = 1e-2
+
+
+BACKBONES = {
+    "resnet50_d8": Backbone(ResNet50D8, OPENMMLAB + "resnet50_v1c-2cccc1ad.pth",
+                            f"{MMSEG}{R50_VOC}/{R50_VOC}_20200617_010715-52dc5306.pth"),
+    "resnet101_d8": Backbone(ResNet101D8, OPENMMLAB + "resnet101_v1c-e67eebb6.pth",
+                             f"{MMSEG}{R101_VOC}/{R101_VOC}_20200617_010842-0bb4e798.pth"),
+    "resnet50": Backbone(ResNet50, "ResNet50_Weights.IMAGENET1K_V1"),
+    "vgg16": Backbone(VGG16, "VGG16_Weights.IMAGENET1K_V1", lr=1e-3),  # without BN, 1e-2 is too high
+}
+DEFAULT_BACKBONE = "resnet50_d8"
+VOC_SUFFIX = "_voc"
+
+
+def published():
+    """{name: (backbone, URL)} of the networks trained on VOC, which every command takes in place of a checkpoint."""
+    return {name + VOC_SUFFIX: (name, row.voc) for name, row in BACKBONES.items() if row.voc}

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and checks that a place can be written to."""
+"""Files that are written whole or not at all, and checks that a path can be written to."""
 import contextlib
 import fcntl
 import os
@@ -7,25 +7,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from errors import DataError, UserError
-
-TEMPORARY = ".{}.tmp"  # the name of a file that is being written; short, so that a long name of the result stays legal
-
-
-def read_lines(path):
-    """The lines of a UTF-8 text, without blank ones and white space around them. Raises DataError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text; save it as that") from None
-    return [line.strip() for line in lines if line.strip()]
+TEMPORARY = ".{}.tmp"  # name of a file that is being written; short, so that a long final name stays legal
 
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yields a temporary path in the folder of `path`; renames it to `path` on success and deletes it on an exception.
+    """Yields a temporary path in the folder of `path`. Renames it to `path` on success, deletes it on an exception.
 
     The temporary file is locked while its writer lives, which `remove_leftovers` respects. An OSError names `path`.
     """
@@ -45,7 +32,7 @@ def whole_file(path):
 
 
 def write_whole(path, content):
-    """Writes text (UTF-8) or bytes to `path`, which even after a power failure is the old file or the new one."""
+    """Writes text (UTF-8) or bytes to `path`. After a power failure the file is the old one or the new one."""
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -53,7 +40,7 @@ def write_whole(path, content):
 
 
 def link_or_copy(source, target):
-    """Makes `target` a second name of the file `source`, or a copy where the file system has no hard links."""
+    """Makes `target` a hard link to the file `source`, or a copy if the file system has no hard links."""
     with whole_file(target) as temporary:
         temporary.unlink()
         try:
@@ -71,11 +58,11 @@ def remove_leftovers(folder):
 
 
 def check_writable(folder):
-    """Raises OSError unless files can be written into `folder`, or, where it does not exist, its nearest parent."""
+    """Raises OSError unless files can be written into `folder` or, if it does not exist, its nearest parent."""
     folder = Path(folder)
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise OSError(error.errno, f"cannot be written to ({error.strerror}); name another folder",
@@ -83,15 +70,15 @@ def check_writable(folder):
 
 
 def check_new_file(path):
-    """Raises OSError unless the file `path` can be written; its folder must exist."""
+    """Raises OSError unless the file `path` can be written. Its folder must exist."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise OSError(None, "cannot be written; name a file in a folder that exists", str(path))
     check_writable(path.parent)
 
 
 def check_no_overlap(read, written, flag):
-    """Raises UserError if one of the files `written` is one of those `read`, by its own name or through links."""
+    """Raises OSError if a file of `written` is one of `read`, by its own name or through links."""
     inputs = {kind for path in read for kind in (os.path.abspath(path), os.path.realpath(path))}
     for path in written:
         if os.path.abspath(path) in inputs or os.path.realpath(path) in inputs:
-            raise UserError(f"{flag}: would overwrite {path}; name another place")
+            raise OSError(None, f"{flag} would overwrite this file; name another place", str(path))

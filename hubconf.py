@@ -1,6 +1,6 @@
 """Networks with their weights for torch.hub: `torch.hub.load(CLONE, "resnet101_d8_voc", source="local")`.
 
-They take normalised RGB images [N, 3, H, W] (see augment.normalise) and return {"out": logits [N, C, H, W]}. On CUDA
+They take normalised RGB images [N, 3, H, W] (see transforms.normalise) and return {"out": logits [N, C, H, W]}. On CUDA
 their float32 convolutions use TF32, PyTorch's default, unless torch.backends.cudnn.allow_tf32 is False.
 """
 dependencies = ["torch", "numpy", "PIL", "tqdm"]

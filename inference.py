@@ -10,22 +10,52 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from augment import prepare, resize_image, scaled_size
-from batchnorm import fold
-from device import choose_device, convolutions, pins_memory, place
-from errors import DataError
-from loader import Batches, stack_images
-from precision import AMP_DTYPES, name_of
-from scores import confusion_matrix
+from amp import AMP_DTYPES, convolutions, name_of
+from cli import MAX_SIDE, UserError, number
+from device import choose_device, place
+from metrics import confusion_matrix
+from transforms import fit_into, prepare, scaled_size, stack_images
 from voc import read_image, to_rgb
 from weights import Checkpoint
 
+MAX_RATIO = 100
 STRIP_VALUES = 2 ** 26  # logits that are enlarged at once: 256 MiB of float32
 TOGETHER = 8  # images that run at once on an accelerator, which a single one does not fill
 TOGETHER_PIXELS = TOGETHER * 2 ** 20  # of all of them at most: 8 images of 2048x512
+
+
+def add_protocol_flags(parser):
+    """The flags that say how images go through the network. -> their group"""
+    how = parser.add_argument_group("how the images go through the network")
+    how.add_argument("--scale", type=number(1, 2 ** 16), nargs=2, metavar=("LONG", "SHORT"),
+                     help="fit each image into these sides, in pixels (default: the checkpoint's; 2048 512 for "
+                          "mmsegmentation's, the image's own size for torchfcn's)")
+    how.add_argument("--pad_to", type=number(1, MAX_SIDE), metavar="N",
+                     help="pad each image right and bottom to N x N pixels, so that every shape is the same (default: "
+                          "no padding)")
+    how.add_argument("--ratios", type=number(0, MAX_RATIO, float, without=(0,)), nargs="+", metavar="R", default=(1.0,),
+                     help="average over these multiples of the scale, say 0.5 0.75 1.0 1.25 1.5 1.75 (default: 1)")
+    how.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
+    how.add_argument("--slide", type=number(1, MAX_SIDE), nargs=2, metavar=("CROP", "STRIDE"),
+                     help="average over windows of CROP x CROP pixels, STRIDE pixels apart (default: the whole image)")
+    how.add_argument("--amp", action="store_true",
+                     help="mixed precision: float16 on NPU and CUDA, bfloat16 on a CPU (default: float32)")
+    return how
+
+
+def check_protocol(parser, args):
+    """Values that make no sense together are a usage error. Several values of a flag become a tuple."""
+    if args.scale and args.scale[0] < args.scale[1]:
+        parser.error(f"--scale {args.scale[0]} {args.scale[1]}: the long side comes first")
+    if args.slide and args.slide[0] < args.slide[1]:
+        parser.error(f"--slide {args.slide[0]} {args.slide[1]}: the stride is longer than the window, pixels would be "
+                     "left out; CROP comes first")
+    if args.slide and args.pad_to:
+        parser.error("--pad_to and --slide do not go together: a window is of one shape already")
+    for flag in ("scale", "ratios", "slide"):
+        setattr(args, flag, getattr(args, flag) and tuple(getattr(args, flag)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +64,7 @@ class Protocol:
 
     scale: (long, short) sides that an image is fitted into, in pixels, aspect kept; None: its own size
     ratios: of the scale; the softmax of all of them is averaged
-    flip: likewise averages over the image and its mirror image
+    flip: average over the image and its mirror image as well
     pad_to: the network sees the image padded right and bottom to that side, in pixels; None: as it is
     slide: (crop, stride) in pixels: windows, whose logits are averaged where they overlap; None: the whole image
     batch_size: images of one shape that run together; None: 1 on a CPU, else TOGETHER
@@ -48,19 +78,29 @@ class Protocol:
     batch_size: int | None = None
     amp: bool = False
 
+    @classmethod
+    def of(cls, args):
+        """The protocol that the flags of `add_protocol_flags` give."""
+        names = [field.name for field in dataclasses.fields(cls) if hasattr(args, field.name)]
+        return cls(**{name: getattr(args, name) for name in names})
+
     def with_scale_of(self, checkpoint):
         """The same; a scale of None becomes the checkpoint's, with the padding that it was evaluated with."""
         if self.scale:
             return self
         whole_image = not self.slide and self.ratios == (1.0,)
-        pad_to = self.pad_to or (checkpoint.pad_to() if whole_image else None)
+        pad_to = self.pad_to or (checkpoint.meta.get("args", {}).get("pad_to") if whole_image else None)
         return dataclasses.replace(self, scale=checkpoint.scale(), pad_to=pad_to)
 
     def batch_on(self, device):
         return self.batch_size or (1 if device.type == "cpu" else TOGETHER)
 
+    def pixels_together(self):
+        """How many pixels the images of a batch may have together."""
+        return TOGETHER_PIXELS if self.scale is None and self.batch_size is None else math.inf
+
     def precision(self, device):
-        """In words."""
+        """The name of what the network computes in."""
         return name_of(AMP_DTYPES[device.type]) if self.amp else "float32"
 
     def scales(self):
@@ -70,21 +110,21 @@ class Protocol:
         return [tuple(int(side * ratio) for side in self.scale) for ratio in self.ratios]
 
     def check_scales(self):
-        """Raises DataError for ratios that cannot be."""
+        """Raises UserError for ratios that cannot be."""
         if self.ratios != (1.0,) and self.scale is None:
-            raise DataError("--ratios are multiples of a scale; add --scale LONG SHORT")
+            raise UserError("--ratios are multiples of a scale; add --scale LONG SHORT")
         for scale in self.scales():
             if scale and min(scale) < 1:
-                raise DataError(f"--ratios: {min(self.ratios)} of {self.scale[0]}x{self.scale[1]} leaves no pixel; "
+                raise UserError(f"--ratios: {min(self.ratios)} of {self.scale[0]}x{self.scale[1]} leaves no pixel; "
                                 "take a larger one")
 
     def check(self, sizes):
-        """Raises DataError if images of these (H, W) cannot go through."""
+        """Raises UserError if images of these (H, W) cannot go through."""
         self.check_scales()
         for scale in self.scales():
             largest = max(max(size if scale is None else scaled_size(*size, *scale)) for size in sizes)
             if self.pad_to and largest > self.pad_to:
-                raise DataError(f"--pad_to {self.pad_to}: images of up to {largest} pixels a side do not fit; add "
+                raise UserError(f"--pad_to {self.pad_to}: images of up to {largest} pixels a side do not fit; add "
                                 f"--scale {self.pad_to} {self.pad_to}, or pad to more")
 
     def __str__(self):
@@ -109,7 +149,7 @@ class Predictor:
         self.colours = self.checkpoint.colours()
         self.protocol = protocol.with_scale_of(self.checkpoint)
         self.protocol.check_scales()
-        self.model = fold(place(model, self.device).eval())
+        self.model = place(model, self.device).eval()
 
     def __call__(self, photograph):
         """photograph: a file, a PIL image (both are turned upright, EXIF), or uint8 [H, W, 3] RGB
@@ -120,7 +160,7 @@ class Predictor:
             photograph = np.array(to_rgb(ImageOps.exif_transpose(photograph)))
         if isinstance(photograph, np.ndarray):
             if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3:
-                raise DataError(f"an array is uint8 [H, W, 3], not {photograph.dtype} {list(photograph.shape)}")
+                raise UserError(f"an array is uint8 [H, W, 3], not {photograph.dtype} {list(photograph.shape)}")
             image = torch.from_numpy(photograph).permute(2, 0, 1)
         else:
             image = read_image(Path(photograph))
@@ -134,61 +174,19 @@ def classify(model, image, protocol, device):
     return class_maps(model, scaled, image.shape[1:], protocol, device)[0].cpu().numpy()
 
 
-class ScaledImages(Dataset):
-    """The images of a data set at each of some scales, uint8 [3, h, w], with their label in the original size."""
-
-    def __init__(self, data, scales):
-        self.data, self.scales = data, scales
-
-    def __getitem__(self, index):
-        image, label = self.data[index]
-        return [fit_into(image, scale) for scale in self.scales], label
-
-
-def fit_into(image, scale):
-    """uint8 [3, H, W] resized to fit into (long, short) pixels; None: as it is."""
-    return image if scale is None else resize_image(image, scaled_size(*image.shape[1:], *scale))
-
-
-def stack_scaled(samples):
-    """Samples of one original size -> (a uint8 [N, h, w, 3] for each scale, labels uint8 [N, H, W])."""
-    images, labels = zip(*samples, strict=True)
-    return [stack_images(one_scale) for one_scale in zip(*images, strict=True)], torch.stack(labels)
-
-
-def one_shape_batches(sizes, batch_size, pixels=math.inf):
-    """Lists of indices of images that have one size: up to `batch_size`, and up to `pixels` pixels or one image."""
-    groups = {}
-    for index, size in enumerate(sizes):
-        groups.setdefault(size, []).append(index)
-    batches = []
-    for (height, width), group in groups.items():
-        count = int(max(1, min(batch_size, pixels // (height * width))))
-        batches += [group[start:start + count] for start in range(0, len(group), count)]
-    return batches
-
-
-def evaluate(model, data, sizes, protocol, device, workers, processes=None, each=None, stop=None):
+def evaluate(model, batches, protocol, ranks, each=None, total=None):
     """The confusion matrix of a data set, over all ranks.
 
-    sizes: (H, W) of the first len(sizes) images of the list, which are scored, split among the ranks
+    batches: an iterable of data.val_batches; total: how many images this rank has, for the progress bar
     each: called with the index of each image and its class map, NumPy uint8 [H, W]
-    stop: a StopSignal; when a stop is asked for, the matrix is returned unfinished
     -> int64 [C, C], row: the label's class, column: the predicted one; the pixels labelled IGNORE are left out
     """
-    rank, count = (processes.rank, processes.count) if processes else (0, 1)
-    was_training = model.training
-    network = fold(model.eval())
-    pixels = TOGETHER_PIXELS if protocol.scale is None and protocol.batch_size is None else math.inf
-    order = one_shape_batches(sizes, protocol.batch_on(device), pixels)[rank::count]
-    batches = iter(Batches(ScaledImages(data, protocol.scales()), order, stack_scaled, workers, pins_memory(device)))
+    device, was_training = ranks.device, model.training
+    model.eval()
     confusion = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64, device=device)
-    with tqdm(total=sum(map(len, order)), desc="evaluating", unit="image", leave=False, disable=None) as progress:
-        for indices in order:
-            scaled, labels = stop.wait_for(batches) if stop else next(batches)
-            if stop and stop.number:
-                break
-            predictions = class_maps(network, scaled, labels.shape[1:], protocol, device)
+    with tqdm(total=total, desc="evaluating", unit="image", leave=False, disable=None) as progress:
+        for indices, scaled, labels in batches:
+            predictions = class_maps(model, scaled, labels.shape[1:], protocol, device)
             labels = labels.to(device, non_blocking=True)
             for index, label, prediction in zip(indices, labels, predictions, strict=True):
                 confusion += confusion_matrix(label, prediction, model.num_classes)
@@ -196,7 +194,7 @@ def evaluate(model, data, sizes, protocol, device, workers, processes=None, each
                     each(index, prediction.cpu().numpy())
                 progress.update()
     model.train(was_training)
-    return processes.add_up(confusion.cpu().numpy(), device) if processes else confusion.cpu().numpy()
+    return ranks.sum(confusion).cpu().numpy()
 
 
 def class_maps(model, scaled, size, protocol, device):

@@ -1,12 +1,21 @@
 """Labels photographs with a trained network: `python predict.py CHECKPOINT my_photos --save_dir labelled --overlay`."""
+import csv
+import sys
 
-from cli import Parser, file_path, run
-from flags import add_network_flags, add_protocol_flags, check_protocol, from_args
-from launch import add_one_device_flags
+from cli import PROG, Parser, UserError, file_path, run  # isort: skip, see cli
+import numpy as np
+from tqdm import tqdm
+
+import visualize
+from device import add_one_device_flags, describe, readable_errors
+from files import check_new_file, check_no_overlap, check_writable, whole_file
+from inference import Predictor, Protocol, add_protocol_flags, check_protocol
+from voc import heic_hint, read_image, readable_suffixes
+from weights import add_network_flags
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="predict.py", description="Label photographs with a trained network.",
+    parser = Parser("Label photographs with a trained network.",
                     usage="%(prog)s CHECKPOINT PHOTO_OR_FOLDER... --save_dir DIR [flags]")
     add_network_flags(parser)
     parser.add_argument("photographs", metavar="PHOTO_OR_FOLDER", type=file_path, nargs="+",
@@ -25,14 +34,97 @@ def parse_args(argv=None):
     return args
 
 
-def main():
-    args = parse_args()
-    from inference import Protocol
-    from labelling import label
-    return label(args.photographs, args.save_dir, args.overlay, args.csv, args.checkpoint, args.device,
-                 device_id=args.device_id, backbone=args.backbone, at_once=args.at_once,
-                 protocol=from_args(Protocol, args))
+def main(args):
+    """Labels photographs, each read once. One that cannot be labelled is an error line and status 1."""
+    every, skipped = find_photographs(args.photographs, args.save_dir)
+    found, problems = one_of_each_name(every)
+    written = [target for name in found.values() for target in targets(args.save_dir, name, args.overlay).values()]
+    check_no_overlap(every, written, f"--save_dir {args.save_dir}")
+    check_writable(args.save_dir)
+    if args.csv:
+        check_no_overlap([*every, *written, args.checkpoint], [args.csv], f"--csv {args.csv}")
+        check_new_file(args.csv)
+    predictor = Predictor(args.checkpoint, args.device, args.device_id, args.backbone, args.at_once, Protocol.of(args))
+    print(f"{predictor.checkpoint.backbone} from {predictor.checkpoint.source}: {predictor.checkpoint.kind}\n"
+          f"{len(found)} photographs, {predictor.protocol}, on {describe(predictor.device, args.device)}, "
+          f"{predictor.protocol.precision(predictor.device)}")
+    font = visualize.missing_font(predictor.names) if args.overlay else None
+    for line in [*skipped, *([f"note: {font}"] if font else [])]:
+        print(line)
+    shares = {}
+    for path, name in tqdm(found.items(), "labelling", unit="photograph", leave=False, disable=None):
+        try:
+            with readable_errors(f"{path} needs a smaller --scale, or windows by --slide"):
+                shares[path] = label(predictor, path, targets(args.save_dir, name, args.overlay))
+        except (UserError, OSError) as error:
+            problems.append(str(error))
+    if args.csv:
+        write_csv(args.csv, predictor.names, shares)
+    print(f"{len(shares)} photograph{'s' * (len(shares) != 1)} labelled; pictures in {args.save_dir}")
+    for problem in problems:
+        print(f"{PROG}: error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def find_photographs(inputs, save_dir):
+    """The photographs in files and folders, with those in sub-folders.
+
+    -> ({path: name without extension, relative to the folder that was named}, lines about the files that are skipped)
+    """
+    found, skipped, out = {}, [], save_dir.resolve()
+    for given in inputs:
+        if not given.exists():
+            raise UserError(f"{given}: there is no such photograph or folder")
+        if not given.is_dir():
+            found.setdefault(given, given.with_suffix("").name)
+            continue
+        for path in sorted(given.rglob("*")):
+            inside = given.resolve() in out.parents and out in path.resolve().parents
+            hidden = any(part.startswith(".") for part in path.relative_to(given).parts)
+            if path.is_dir() or inside or hidden:
+                continue
+            if path.suffix.lower() in readable_suffixes():
+                found.setdefault(path, str(path.relative_to(given).with_suffix("")))
+            else:
+                skipped.append(f"skipped, Pillow does not know its format: {path}{heic_hint([path])}")
+    if not found:
+        raise UserError("; ".join([f"{inputs[0]}: holds no photographs that Pillow reads", *skipped[:1]]))
+    return found, skipped
+
+
+def one_of_each_name(found):
+    """Leaves out photographs whose pictures would have the names of another's. -> ({path: name}, lines about them)"""
+    first, problems = {}, []
+    for path, name in found.items():
+        if first.setdefault(name, path) != path:
+            problems.append(f"{path}: its pictures would have the names of those of {first[name]}; label it into "
+                            "another --save_dir")
+    return {path: name for name, path in first.items()}, problems
+
+
+def targets(save_dir, name, overlay):
+    """The files that are written for a photograph: {kind: path}."""
+    files = {"classes": save_dir / f"{name}.png"}
+    return {**files, "overlay": save_dir / "overlay" / f"{name}.jpg"} if overlay else files
+
+
+def label(predictor, path, files):
+    """Writes the pictures of one photograph. -> the share of each class, float [C]"""
+    image = read_image(path).permute(1, 2, 0).numpy()
+    classes = predictor(image)
+    visualize.save(visualize.class_picture(classes, predictor.colours), files["classes"])
+    if "overlay" in files:
+        visualize.save(visualize.overlay(image, classes, predictor.names, predictor.colours), files["overlay"])
+    return np.bincount(classes.ravel(), minlength=len(predictor.names)) / classes.size
+
+
+def write_csv(path, names, shares):
+    """A line for each photograph with the share of each class."""
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["photograph", *names])
+        writer.writerows([str(photograph), *(f"{share:.6f}" for share in row)] for photograph, row in shares.items())
 
 
 if __name__ == "__main__":
-    run(main, "predict.py")
+    run(main, parse_args)

@@ -1,23 +1,75 @@
-"""Trains FCN8s on PASCAL VOC 2012 + SBD, or on data of your own: `python train.py --data_path data/VOCdevkit/VOC2012`.
+"""Trains FCN8s on PASCAL VOC 2012 + SBD, or on data of your own. One card; eight cards; eight cards by torchrun:
 
-Writes into the work folder: train_<device_id>.log and metrics.jsonl (a line each --log_interval iterations and each
-evaluation), curves.png and val_samples.png (at each evaluation), ckpt/iter_<n>.pth, ckpt/latest.pth, ckpt/best.pth,
-run.json, result.json, and FCN_bs<batch>_<cards>p_acc.log.
+    python train.py --data_path data/VOCdevkit/VOC2012 --amp
+    python train.py --data_path data/VOCdevkit/VOC2012 --amp --device_list 0,1,2,3,4,5,6,7
+    torchrun --nproc_per_node 8 train.py --data_path data/VOCdevkit/VOC2012 --amp
+
+Writes checkpoints, logs, curves and sample pictures to --work_dir; see "Files of a run" in README.md. In this file are
+the flags, the recipe (learning rate, losses, step) and `main`: device, data, network and optimizer, loop.
 """
+import contextlib
+import dataclasses
 import importlib.util
 import math
+import signal
+import time
 
-from backbones import BACKBONES, DEFAULT_BACKBONE
-from cli import Parser, class_weights, number, run
-from flags import MAX_BATCH, MAX_SIDE, WARM_UP_ITERS, from_args
-from launch import Launch, add_device_flags, check_devices, is_launcher, launch, visible_devices
+from cli import MAX_BATCH, MAX_SIDE, Parser, UserError, class_weights, first_line, number, run  # isort: skip, see cli
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-MAX_LOSS_SCALE = 2 ** 24  # where apex's dynamic one stops, too
+import visualize
+from amp import (
+    BatchNormGuard,
+    add_precision_flags,
+    bn_layers,
+    check_precision_flags,
+    check_run,
+    choose_precision,
+    convolutions,
+    ddp_settings,
+    fused_sgd,
+)
+from data import open_checked, train_batches, val_batches
+from device import (
+    Stop,
+    add_device_flags,
+    check_device_flags,
+    describe,
+    join_ranks,
+    launch,
+    must_launch,
+    peak_memory,
+    place,
+    readable_errors,
+)
+from fcn8s import BACKBONES, DEFAULT_BACKBONE, FCN8s
+from inference import Protocol, classify, evaluate
+from metrics import WARM_UP_ITERS, Speed, scores_of
+from transforms import prepare_batch
+from voc import IGNORE, palette
+from weights import load_resumed, load_start, resume
+from work_dir import end_lines, memory_hint, open_work_dir, start_lines, start_record
+
+# Flags that shape the result; a checkpoint holds them.
+SHAPING = ("backbone", "train_split", "val_split", "crop_size", "scale", "pad_to", "batch_size", "accumulate",
+           "max_iters", "lr", "min_lr", "power", "momentum", "weight_decay", "class_weights", "freeze_bn", "sync_bn",
+           "compile", "seed", "amp", "opt_level", "loss_scale", "amp_backend", "amp_dtype")
+AUX_WEIGHT = 0.4  # of the auxiliary head's loss (mmsegmentation's configs/_base_/models/fcn_r50-d8.py)
+VAL_SAMPLES = 6  # images in val_samples.png
+MAX_NAN_STEPS = 10  # consecutive steps with a NaN or Inf loss after which the run stops: it does not recover
+NAN_INTERVAL = 50  # iterations between two checks for them, which synchronise with the device
+PERFORMANCE_ITERS = 1000  # where a performance run stops
 not_negative = number(0, math.inf, float)  # an argparse type
 
 
+# ---- flags; their defaults are the recipe
+
 def parse_args(argv=None):
-    parser = Parser(prog="train.py", description="Train FCN8s on PASCAL VOC 2012 + SBD, or on data of your own.",
+    parser = Parser("Train FCN8s on PASCAL VOC 2012 + SBD, or on data of your own.",
                     usage="%(prog)s --data_path DIR [flags]")
 
     essentials = parser.add_argument_group("essentials")
@@ -40,7 +92,7 @@ def parse_args(argv=None):
     essentials.add_argument("--work_dir", metavar="DIR",
                             help="where the files go (default: output/<device_id>/FCN)")
     essentials.add_argument("--resume", metavar="auto|FILE",
-                            help="go on from a checkpoint; auto: from the work folder's latest, if there is one "
+                            help="resume from a checkpoint; auto: from the work folder's latest, if there is one "
                                  "(default: start afresh)")
 
     data = parser.add_argument_group("data")
@@ -49,7 +101,7 @@ def parse_args(argv=None):
     data.add_argument("--val_split", default="val", metavar="LIST",
                       help="the list to evaluate on (default: %(default)s)")
     data.add_argument("--val_fraction", type=number(0, 1, float, without=(0, 1)), metavar="X",
-                      help="where the folder has no lists: the share of its images to evaluate on, drawn by --seed "
+                      help="if the folder has no lists: the share of its images to evaluate on, drawn by --seed "
                            "(default: 0.2)")
     data.add_argument("--crop_size", type=number(1, MAX_SIDE), default=512, metavar="N",
                       help="side of the training crop, in pixels (default: %(default)s)")
@@ -76,7 +128,7 @@ def parse_args(argv=None):
     recipe.add_argument("--freeze_bn", action="store_true",
                         help="keep the BN statistics of the weights to start from, for small batches")
     recipe.add_argument("--sync_bn", action="store_true",
-                        help="BN statistics over the batches of all cards, NPUs or GPUs (default: each card's own)")
+                        help="BN statistics over the batches of all NPUs or GPUs (default: each card's own)")
     recipe.add_argument("--compile", action="store_true",
                         help="torch.compile of network and losses, which takes a minute at the start (default: off)")
     recipe.add_argument("--class_weights", metavar="FILE", type=class_weights,
@@ -86,17 +138,7 @@ def parse_args(argv=None):
                         help="of all that is random (default: %(default)s)")
 
     add_device_flags(parser)
-    precision = parser.add_argument_group("precision")
-    precision.add_argument("--opt_level", choices=("O0", "O1", "O2", "O3"),
-                           help="of --amp: O0 mixes nothing, O1 operation by operation; O2 (float16 weights beside "
-                                "float32 ones) and O3 (all float16) need apex (default: O1)")
-    precision.add_argument("--loss_scale", type=loss_scale, metavar="X|dynamic",
-                           help="of --amp in float16 (default: 128 on NPU, else dynamic)")
-    precision.add_argument("--amp_backend", choices=("auto", "apex", "native"),
-                           help="of --amp: native is PyTorch's own; auto takes apex for O2 and O3, and on an NPU where "
-                                "it is installed (default: auto)")
-    precision.add_argument("--amp_dtype", choices=("float16", "bfloat16"),
-                           help="of --amp (default: float16 on NPU and CUDA, bfloat16 on a CPU)")
+    add_precision_flags(parser)
 
     files = parser.add_argument_group("run and files")
     files.add_argument("--tensorboard", action="store_true",
@@ -108,19 +150,19 @@ def parse_args(argv=None):
     files.add_argument("--checkpoint_interval", type=number(1), default=1000, metavar="N",
                        help="iterations between checkpoints; the end is always saved (default: %(default)s)")
     files.add_argument("--keep", type=number(1), default=3, metavar="K",
-                       help="how many of the newest checkpoints stay, beside best.pth (default: %(default)s)")
+                       help="how many of the newest checkpoints stay, apart from best.pth (default: %(default)s)")
     files.add_argument("--performance", action="store_true",
                        help="measure speed: stop after 1,000 iterations; files in output/<device_id>/FCN_prof")
     args = parser.parse_args(argv)
-    check_usage(parser, args)
+    check_flags(parser, args)
     return args
 
 
-def check_usage(parser, args):
-    """Flags that make no sense together are a usage error; what a flag leaves to others is filled in."""
-    check_devices(parser, args)
+def check_flags(parser, args):
+    """Flags that contradict each other are a usage error. Fills in defaults that depend on other flags."""
+    check_device_flags(parser, args)
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        parser.error("--tensorboard needs the package tensorboard, which is not there; pip install tensorboard")
+        parser.error("--tensorboard needs the package tensorboard, which is missing; pip install tensorboard")
     if args.lr is None:
         args.lr = BACKBONES[args.backbone].lr
     if args.scale[0] < args.scale[1]:
@@ -129,13 +171,13 @@ def check_usage(parser, args):
         parser.error(f"--momentum {args.momentum}: takes less than 1, or the steps grow without end")
     if args.min_lr > args.lr:
         parser.error(f"--min_lr {args.min_lr} is above --lr {args.lr}; the learning rate falls towards it")
-    for flag in ("opt_level", "loss_scale", "amp_backend", "amp_dtype"):
-        if getattr(args, flag) is not None and not args.amp:
-            parser.error(f"--{flag} {getattr(args, flag)} has no effect without --amp")
+    check_precision_flags(parser, args)
     if args.sync_bn and args.freeze_bn:
         parser.error("--sync_bn has no effect with --freeze_bn, which takes no statistics")
     if args.performance and args.resume:
         parser.error("--performance and --resume do not go together: a performance run always starts afresh")
+    if args.max_restarts and args.resume != "auto":
+        parser.error("--max_restarts needs --resume auto, or a restarted run would find its own folder taken")
     for flag in ("eval_interval", "checkpoint_interval"):
         if args.performance and getattr(args, flag) <= WARM_UP_ITERS and getattr(args, flag) < args.max_iters:
             parser.error(f"--performance --{flag} {getattr(args, flag)}: pauses so often that nothing is left to "
@@ -145,19 +187,265 @@ def check_usage(parser, args):
     args.scale = tuple(args.scale)
 
 
-def loss_scale(text):
-    return text if text == "dynamic" else number(0, MAX_LOSS_SCALE, float, without=(0,))(text)
+# ---- the recipe
+
+def learning_rate(iteration, args):
+    """Polynomial decay: the rate of the step after `iteration` steps, as in the reference, mmsegmentation 0.10.
+
+    For another schedule, change this function.
+    """
+    share_left = 1 - iteration / args.max_iters
+    return (args.lr - args.min_lr) * share_left ** args.power + args.min_lr
 
 
-def main():
-    args = parse_args()
-    args.device_list = visible_devices(args.device, args.device_list)
-    if is_launcher(args.device_list):
-        return launch(from_args(Launch, args), __file__)
-    from trainer import Recipe
-    from training import Settings, train
-    return train(from_args(Recipe, args), from_args(Settings, args))
+def losses_of(outputs, labels, class_weights=None):
+    """The loss to minimise and its parts, float32 [3]: total, main, auxiliary (0 without that head).
+
+    outputs: of FCN8s; labels: uint8 [N, H, W]; class_weights: float32 [C], of each class's pixels in the sum
+    Cross entropy, summed and divided by the number of pixels. Those labelled IGNORE add 0 to the sum but count in the
+    divisor, as in mmsegmentation.
+    """
+    def cross_entropy(logits):
+        loss = F.cross_entropy(logits, labels.long(), class_weights, ignore_index=IGNORE, reduction="sum")
+        return loss / labels.numel()
+
+    main = cross_entropy(outputs["out"])
+    auxiliary = cross_entropy(outputs["aux"]) if "aux" in outputs else torch.zeros_like(main)
+    return torch.stack([main + AUX_WEIGHT * auxiliary, main, auxiliary])
+
+
+class WithLosses(nn.Module):
+    """A network and its losses in one module, so that DistributedDataParallel and torch.compile see both."""
+
+    def __init__(self, model, class_weights=None):
+        super().__init__()
+        self.model, self.class_weights = model, class_weights
+
+    def forward(self, images, labels):
+        return losses_of(self.model(images), labels, self.class_weights)
+
+
+def train_step(network, batches, optimizer, precision, bn_guard):
+    """Adds up the gradients of some batches and makes one optimizer step.
+
+    network: a WithLosses; batches: [(images float32 [N, 3, H, W], labels uint8 [N, H, W]), ...]
+    A step with NaN or Inf in the loss or the gradients is skipped: it changes neither parameters nor momentum nor BN
+    statistics, on any rank.
+    -> float32 [5], on the device, without a synchronisation with it: the mean losses (total, main, auxiliary) and 1, or
+    zeros if the loss is NaN or Inf; 1 if the step was skipped
+    """
+    bn_guard.keep()
+    optimizer.zero_grad()
+    losses = 0
+    for index, (images, labels) in enumerate(batches, 1):
+        # DistributedDataParallel averages the gradients in the last batch only.
+        adds_up = index < len(batches) and hasattr(network, "no_sync")
+        with network.no_sync() if adds_up else contextlib.nullcontext():
+            with precision.autocast():
+                part = network(images, labels) * (1 / len(batches))
+            # A sum that overflows may have finite gradients: NaN times them makes every rank skip the step.
+            precision.backward(part[0] * torch.where(part[0].isfinite(), 1.0, math.nan), optimizer)
+        losses = losses + part.detach()
+    skipped = precision.step(optimizer)
+    bn_guard.restore_if(skipped)
+    finite = losses[0].isfinite()
+    return torch.cat([torch.where(finite, losses, 0.0), torch.stack([finite, skipped]).float()])
+
+
+def train_mode(model, freeze_bn):
+    """Dropout and BN as in training. With freeze_bn, BN layers use and keep the statistics they have."""
+    model.train()
+    for layer in bn_layers(model) if freeze_bn else ():
+        layer.eval()
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run has done so far. Checkpoints hold it."""
+    iteration: int = 0
+    evaluated: int = 0  # iteration of the last evaluation
+    samples: int = 0  # taken from the stream of training samples
+    best: float = -1.0  # mIoU of best.pth
+    best_iteration: int = 0  # and its iteration
+    sums: list = (0.0,) * 5  # of train_step's results since the last log line
+    skipped: int = 0  # steps, up to the last log line
+    seconds: float = 0.0
+
+
+# ---- a run
+
+def main(args):
+    if must_launch(args):
+        return launch(args, __file__)
+    ranks = join_ranks(args)
+    device, images_per_iteration = ranks.device, args.batch_size * args.accumulate * ranks.count
+    last = min(args.max_iters, PERFORMANCE_ITERS) if args.performance else args.max_iters
+    precision = choose_precision(device, args.amp, args.opt_level, args.loss_scale, args.amp_backend, args.amp_dtype)
+    with Stop(ranks) as stop, open_work_dir(args, ranks) as work_dir, readable_errors(memory_hint(args)):
+        start = ranks.share(work_dir.find_start(args.resume))  # other machines need not see the folder; None: afresh
+
+        # data
+        data, val_sizes = open_checked(args, start and start[1].meta.get("lists"), ranks)
+        args.train_split = data.train.split
+        protocol = Protocol(args.scale, pad_to=args.pad_to)
+        protocol.check(val_sizes)
+
+        # network and optimizer
+        torch.manual_seed(args.seed)
+        model = FCN8s(len(data.classes), args.backbone)
+        check_run(args, ranks, precision, model, data.classes)
+        origin = (load_resumed(model, args, data, ranks, start) if start else
+                  load_start(model, args.pretrained, args.at_once, data.classes))
+        if args.sync_bn:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # the keys of the state dict stay the same
+        model = place(model, device)
+        optimizer = fused_sgd([p for p in model.parameters() if p.requires_grad], device, precision, args.lr,
+                              args.momentum, args.weight_decay)
+        model, optimizer = precision.wrap(model, optimizer)
+        bn_guard = BatchNormGuard(model)
+        network = WithLosses(model, args.class_weights and torch.tensor(args.class_weights, device=device))
+        if ranks.count > 1:
+            network = DistributedDataParallel(network, **ddp_settings(device, precision))
+        if args.compile:
+            network = torch.compile(network, dynamic=False)
+        progress, saved = Progress(), None
+        if start:
+            resume(optimizer, precision, data, start, progress)
+            saved = progress.iteration
+        work_dir.open(start and start[0], progress, last)
+        del start  # it holds the weights and the momentum once more
+        if args.tensorboard:
+            work_dir.open_board(progress.iteration)
+        work_dir.add_record(start_record(args, data, describe(device, args.device), origin))
+        work_dir.log(start_lines(args, ranks, data, model, precision, last, origin, work_dir, AUX_WEIGHT))
+
+        # loop
+        began = time.perf_counter() - progress.seconds
+        sums = torch.tensor(progress.sums, device=device)  # of train_step's results
+        nan_run = longest_nan_run = torch.zeros((), dtype=torch.int32, device=device)  # steps in a row with a NaN loss
+
+        def due(interval):
+            return progress.iteration % interval == 0 or progress.iteration == last
+
+        def fail(what):
+            resumes = "" if saved is None else " and resume with --resume auto"
+            raise UserError(f"{what} at iteration {progress.iteration}; lower --lr{resumes}")
+
+        def save(best=False):
+            """No checkpoint while the loss is NaN or Inf, so that the last good one stays the newest."""
+            nonlocal saved
+            if nan_run > 0 and progress.iteration == last:
+                fail("the loss is NaN or Inf at the end,")
+            if nan_run > 0 or args.performance:
+                if not args.performance:
+                    work_dir.log(f"no checkpoint at iteration {progress.iteration}: the loss is NaN or Inf")
+                return
+            if not all(value.isfinite().all() for value in model.state_dict().values()):
+                fail("a weight or BN statistic is NaN or Inf")
+            progress.sums, progress.seconds = sums.tolist(), time.perf_counter() - began
+            meta = {"backbone": args.backbone, "num_classes": model.num_classes, "classes": data.classes,
+                    "palette": palette()[:model.num_classes].tolist(), "form": model.form, "scale": args.scale,
+                    "args": {name: getattr(args, name) for name in SHAPING}, "ranks": ranks.count,
+                    "digests": data.digests(), "lists": data.lists}
+            if work_dir.writes:
+                work_dir.save({"state_dict": model.state_dict(), "meta": meta, "optimizer": optimizer.state_dict(),
+                               "precision": precision.state_dict(), "progress": dataclasses.asdict(progress)},
+                              progress.iteration if due(args.checkpoint_interval) else None, best)
+            saved = progress.iteration
+
+        def evaluate_now():
+            """Scores the model, saves it with its score, and draws. The model is saved before."""
+            if ranks.count > 1:
+                bn_guard.broadcast()
+            with stop.at_once(), precision.evaluated(model) as scored:
+                batches = val_batches(data.val, val_sizes, protocol, args.workers, ranks)
+                scores = scores_of(evaluate(scored, batches, protocol, ranks, total=len(val_sizes) // ranks.count))
+                work_dir.log_scores(progress.iteration, scores, data, last)
+                progress.evaluated = progress.iteration
+                best = scores["mIoU"] > progress.best and not nan_run
+                if best:
+                    progress.best, progress.best_iteration = scores["mIoU"], progress.iteration
+                if not nan_run:
+                    save(best)
+                if work_dir.writes:
+                    draw(work_dir, scored.eval(), data, protocol, device, progress.iteration, scores)
+            train_mode(model, args.freeze_bn)
+
+        train_mode(model, args.freeze_bn)
+        if progress.evaluated < progress.iteration and due(args.eval_interval):
+            evaluate_now()  # a signal interrupted it
+        end = progress.samples + (last - progress.iteration) * images_per_iteration
+        batches = train_batches(data.train, args, progress.samples, end, ranks)
+        speed = Speed(device, images_per_iteration, last - progress.iteration)
+        bar = work_dir.progress_bar(progress.iteration, last)
+        stop.deferred = True
+        while progress.iteration < last:
+            waiting = time.perf_counter()
+            loaded = [next(batches) for _ in range(args.accumulate)]
+            waited = time.perf_counter() - waiting
+
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(progress.iteration, args)
+            # Seeded in each iteration, so that a resumed run draws the same dropout masks as an uninterrupted one.
+            seed = np.random.SeedSequence([args.seed, progress.iteration, ranks.rank]).generate_state(1)[0]
+            torch.manual_seed(int(seed))
+            with convolutions(device, training=True):
+                parts = [prepare_batch(batch, model.form, device) for batch in loaded]
+                result = train_step(network, parts, optimizer, precision, bn_guard)
+            sums += result
+            nan_run = torch.where(result[3] > 0, 0, nan_run + 1)
+            longest_nan_run = torch.maximum(longest_nan_run, nan_run)
+            progress.iteration += 1
+            progress.samples += images_per_iteration
+            speed.count(waited)
+            bar.update()
+
+            if due(args.log_interval):
+                work_dir.log_losses(progress, sums.tolist(), learning_rate(progress.iteration - 1, args), speed.read(),
+                                    peak_memory(device), last)
+                sums.zero_()
+            if (due(NAN_INTERVAL) or due(args.log_interval)) and longest_nan_run >= MAX_NAN_STEPS:
+                fail(f"the loss was NaN or Inf for {int(longest_nan_run)} steps in a row,")
+            stopped = stop.agreed(progress.iteration)
+            pauses = stopped or due(args.checkpoint_interval) or due(args.eval_interval)
+            if pauses:
+                save()
+            if stopped:
+                work_dir.log(f"stopped by {signal.Signals(stopped).name} at iteration {progress.iteration}"
+                             + (", which is saved; resume with --resume auto" if saved == progress.iteration else
+                                f"; last checkpoint: {'none' if saved is None else f'iteration {saved}'}"))
+                return stop.leave(stopped)
+            if due(args.eval_interval):
+                evaluate_now()
+            if pauses:
+                speed.start()
+        progress.seconds = time.perf_counter() - began
+        if work_dir.writes:
+            work_dir.log(end_lines(args, work_dir, work_dir.write_results(args, progress, ranks)))
+        ranks.leave()
+    return 0
+
+
+def draw(work_dir, model, data, protocol, device, iteration, scores):
+    """Writes curves.png, and val_samples.png: the same few validation images each time, spread over the list.
+
+    A drawing that fails is a log line: it does not end a training of hours.
+    """
+    try:
+        visualize.save(visualize.draw_curves(work_dir.metrics(), data.classes), work_dir.path / "curves.png")
+        samples = []
+        for index in np.unique(np.linspace(0, len(data.val) - 1, VAL_SAMPLES).round().astype(int)):
+            image, label = data.val[index]
+            samples.append((image.permute(1, 2, 0).numpy(), label.numpy(), classify(model, image, protocol, device)))
+        title = f"iteration {iteration:,}, mIoU {scores['mIoU']:.2f}"
+        grid = visualize.sample_grid(samples, data.classes, palette(), title)
+        visualize.save(grid, work_dir.path / "val_samples.png")
+        if work_dir.board:
+            work_dir.board.add_image("val_samples", np.asarray(grid.convert("RGB")), iteration, dataformats="HWC")
+            work_dir.board.flush()
+    except Exception as error:
+        work_dir.log(f"curves.png or val_samples.png could not be drawn: {first_line(error)}")
 
 
 if __name__ == "__main__":
-    run(main, "train.py")
+    run(main, parse_args)

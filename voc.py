@@ -1,9 +1,10 @@
-"""PASCAL VOC 2012 and SBD, and folders of one's own in that layout: lists, images, labels, and their check.
+"""PASCAL VOC 2012 and SBD, and folders in that layout: lists, images, labels, and their check.
 
 Shapes: an image is uint8 [3, H, W], RGB, 0..255; a label uint8 [H, W], a class index or 255 (IGNORE) a pixel.
 """
 import contextlib
 import functools
+import hashlib
 import shlex
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cli import usable_cores
-from errors import DataError
-from files import read_lines
+from cli import UserError, usable_cores
 
 CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
            "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
@@ -39,10 +38,38 @@ PROBLEMS_SHOWN = 5
 NAMES_SHOWN = 3
 
 
+def palette():
+    """VOC's colour map as uint8 [256, 3]: bits 0, 1, 2 of the index go to the top bits of R, G, B, then bits 3, 4, 5...
+
+    The rule of VOCcode/VOClabelcolormap.m in VOC's development kit.
+    """
+    index = np.arange(256)[:, None]
+    colour = np.zeros((256, 3), np.int64)
+    for bit in range(8):
+        colour |= (index >> 3 * bit + np.arange(3) & 1) << 7 - bit
+    return colour.astype(np.uint8)
+
+
 def first_of(problems):
     """The first few of some problems, as one line."""
     more = len(problems) - PROBLEMS_SHOWN
     return "; ".join(problems[:PROBLEMS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+def read_lines(path):
+    """The lines of a UTF-8 text, stripped, without blank ones."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def digest(ids):
+    """The SHA-256 of a list, as `sha256sum` gives it for a file of one id a line."""
+    return hashlib.sha256("".join(f"{image_id}\n" for image_id in ids).encode()).hexdigest()
 
 
 def read_classes(path):
@@ -54,9 +81,9 @@ def read_classes(path):
     names = names[1:] if names[:1] == ["__ignore__"] else names
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise DataError(f"{path}: names the class '{twice}' twice; each has a name of its own")
+        raise UserError(f"{path}: names the class '{twice}' twice; each has a name of its own")
     if not 2 <= len(names) <= IGNORE:
-        raise DataError(f"{path}: names {len(names)} classes; it takes 2 to {IGNORE}, one a line, the first the "
+        raise UserError(f"{path}: names {len(names)} classes; it takes 2 to {IGNORE}, one a line, the first the "
                         "background")
     return tuple(names)
 
@@ -69,20 +96,20 @@ def read_image(path):
             ImageOps.exif_transpose(image, in_place=True)
             pixels = np.array(to_rgb(image))
     except FileNotFoundError:
-        remedy = ("there is no such image; add it, or take its id out of the list" if path.parent.is_dir() else
+        hint = ("there is no such image; add it, or take its id out of the list" if path.parent.is_dir() else
                   "its folder is not there any more; mount or restore it")
-        raise DataError(f"{path}: {remedy}") from None
-    except (DataError, PermissionError):
+        raise UserError(f"{path}: {hint}") from None
+    except (UserError, PermissionError):
         raise
     except Exception as error:  # damage makes Pillow raise many types
-        raise DataError(f"{path}: the image does not decode ({error}); replace the file{heic_remedy([path])}") from None
+        raise UserError(f"{path}: the image does not decode ({error}); replace the file{heic_hint([path])}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def check_regular(path):
-    """Raises DataError for a pipe and the like, on which reading would wait for ever; FileNotFoundError."""
+    """Raises UserError for a pipe and the like, on which reading would wait for ever; FileNotFoundError."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise DataError(f"{path}: is no regular file; remove it")
+        raise UserError(f"{path}: is no regular file; remove it")
 
 
 def to_rgb(image):
@@ -101,16 +128,16 @@ def read_label(path):
         check_regular(path)
         with Image.open(path) as image:
             if image.mode not in LABEL_MODES:
-                raise DataError(f"{path}: the label is in colours or another form (mode {image.mode}), not 8-bit class "
+                raise UserError(f"{path}: the label is in colours or another form (mode {image.mode}), not 8-bit class "
                                 "indices; save it as a palette or 8-bit grey PNG whose pixel values are the classes")
             return torch.from_numpy(np.array(image))
     except FileNotFoundError:
-        remedy = "convert_voc_aug.py makes it" if path.parent.name == SBD_LABELS else "add it"
-        raise DataError(f"{path}: there is no such label; {remedy}, or take its id out of the list") from None
-    except (DataError, PermissionError):
+        hint = "convert_voc_aug.py makes it" if path.parent.name == SBD_LABELS else "add it"
+        raise UserError(f"{path}: there is no such label; {hint}, or take its id out of the list") from None
+    except (UserError, PermissionError):
         raise
     except Exception as error:  # as above
-        raise DataError(f"{path}: the label does not decode ({error}); replace the file") from None
+        raise UserError(f"{path}: the label does not decode ({error}); replace the file") from None
 
 
 class VOC(Dataset):
@@ -119,14 +146,14 @@ class VOC(Dataset):
     root: say data/VOCdevkit/VOC2012. Images lie in one of IMAGE_FOLDERS, labels in LABEL_FOLDERS; a file may have any
         extension that Pillow reads. The lists, in ImageSets/Segmentation, name images without extension.
     split: the name of a list. `aug` and `trainaug` take VOC's own label where the id is in VOC's `train`, and SBD's
-        otherwise; any other list takes VOC's own label where there is one.
+        otherwise; any other list takes VOC's own label if it exists.
     ids: the ids of the list, where no file holds it
 
     A data set of another kind offers what this one does: `split`, `ids`, `__len__`, `__getitem__`, `check`, `files` and
     `has_lists`; where that may be false, `missing`, `skipped` and `labelled_ids`, too. Its class then takes VOC's place
     in data.py.
 
-    Raises DataError if the folder or the list is not there.
+    Raises UserError if the folder or the list is not there.
     """
 
     def __init__(self, root, split, ids=None):
@@ -136,7 +163,7 @@ class VOC(Dataset):
         self.listings = {}
         if ids is None and not self.has_lists(root):
             problem = self.missing(self.root) or f"has no lists in {LISTS}; write {split}.txt there, an image id a line"
-            raise DataError(f"{self.root}: {problem}")
+            raise UserError(f"{self.root}: {problem}")
         self.ids = self.read_list(split) if ids is None else list(ids)
         self.voc_train = set(self.read_list("train")) if split in SBD_LISTS and ids is None else ()
 
@@ -150,13 +177,13 @@ class VOC(Dataset):
         """The ids, sorted, of the images under `root` that have a label, with those in sub-folders."""
         problem = cls.missing(root)
         if problem:
-            raise DataError(f"{root}: {problem}")
+            raise UserError(f"{root}: {problem}")
         data = cls(root, "", ids=())
         return [image_id for image_id in sorted(ids_in(data.images)) if data.label_path(image_id).is_file()]
 
     @staticmethod
     def missing(root):
-        """Which folder is missing in one that holds no data set, and the remedy; None if all are there."""
+        """Which folder is missing in one that holds no data set, and the hint; None if all are there."""
         if (root / "VOC2012").is_dir():
             return "holds no data itself; it holds VOC2012: pass that folder"
         if not root.is_dir():
@@ -181,7 +208,7 @@ class VOC(Dataset):
                  for ids, what in ((images - labels, "images without a label of their name"),
                                    (labels - images, "labels without an image")) if ids]
         if unknown:
-            notes.append(f"Pillow does not know the format: {first_of(list(map(str, unknown)))}{heic_remedy(unknown)}")
+            notes.append(f"Pillow does not know the format: {first_of(list(map(str, unknown)))}{heic_hint(unknown)}")
         return "skipped: " + "; ".join(notes) if notes else None
 
     def read_list(self, split):
@@ -191,13 +218,13 @@ class VOC(Dataset):
             devkit = (self.root.resolve() if self.root.name in ("", "..") else self.root).parent
             if split in SBD_LISTS:
                 command = ["python", "convert_voc_aug.py", str(devkit), str(devkit / "VOCaug")]
-                remedy = f"make it with: {shlex.join(command)}; data of your own takes --classes FILE"
+                hint = f"make it with: {shlex.join(command)}; data of your own takes --classes FILE"
             else:
-                remedy = "the lists there: " + ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
-            raise DataError(f"{path}: there is no such list; {remedy}")
+                hint = "the lists there: " + ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
+            raise UserError(f"{path}: there is no such list; {hint}")
         ids = read_lines(path)
         if not ids:
-            raise DataError(f"{path}: the list is empty; it takes one image id a line")
+            raise UserError(f"{path}: the list is empty; it takes one image id a line")
         return ids
 
     def find(self, folder, image_id):
@@ -207,7 +234,7 @@ class VOC(Dataset):
             self.listings[path.parent] = readable_files(path.parent)
         found = self.listings[path.parent].get(path.name, [])
         if len(found) > 1:
-            raise DataError(f"{found[0]}: {found[1].name} beside it has the same name but for the extension; keep one")
+            raise UserError(f"{found[0]}: {found[1].name} has the same name but for the extension; keep one")
         return found[0] if found else None
 
     def image_path(self, image_id):
@@ -233,7 +260,7 @@ class VOC(Dataset):
         image_id = self.ids[index]
         image, label = read_image(self.image_path(image_id)), read_label(self.label_path(image_id))
         if image.shape[1:] != label.shape:
-            raise DataError(f"{self.label_path(image_id)}: the label is {label.shape[1]}x{label.shape[0]} pixels, "
+            raise UserError(f"{self.label_path(image_id)}: the label is {label.shape[1]}x{label.shape[0]} pixels, "
                             f"its image {image.shape[2]}x{image.shape[1]}; they must be of one size")
         return image, label
 
@@ -241,13 +268,13 @@ class VOC(Dataset):
         """Decodes the first `count` (default: all) images and labels, in threads, and returns their (H, W).
 
         So a bad file is found before the first iteration, not hours later.
-        Raises DataError, naming the first few, for what __getitem__ cannot read, for a label value that is neither a
+        Raises UserError, naming the first few, for what __getitem__ cannot read, for a label value that is neither a
         class nor IGNORE, and if no label of the whole list holds anything but background.
         """
         def look(index):
             try:
                 image, label = self[index]
-            except (DataError, PermissionError) as error:
+            except (UserError, PermissionError) as error:
                 return str(error), None, False
             values = np.flatnonzero(np.bincount(label.numpy().ravel(), minlength=256))
             wrong = values[(values >= num_classes) & (values != IGNORE)]
@@ -262,9 +289,9 @@ class VOC(Dataset):
             looks = list(tqdm(pool.map(look, range(count)), f"checking {self.split}", count, leave=False, disable=None))
         problems = [problem for problem, _, _ in looks if problem]
         if problems:
-            raise DataError(first_of(problems))
+            raise UserError(first_of(problems))
         if count == len(self) and not any(foreground for _, _, foreground in looks):
-            raise DataError(f"{self.label_path(self.ids[0]).parent}: every label of the list '{self.split}' is all "
+            raise UserError(f"{self.label_path(self.ids[0]).parent}: every label of the list '{self.split}' is all "
                             "background; labels take the class indices as pixel values")
         return [tuple(shape) for _, shape, _ in looks]
 
@@ -291,5 +318,5 @@ def readable_suffixes():
     return {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in STUBS}
 
 
-def heic_remedy(paths):
+def heic_hint(paths):
     return "; for HEIC: pip install pillow-heif" if any(path.suffix.lower() in HEIC for path in paths) else ""

@@ -14,20 +14,28 @@ from urllib.error import URLError
 
 import torch
 
-from backbones import BACKBONES, published
-from errors import WeightsError, first_line
-from fcn8s import FCN8s
-from palette import palette
-from voc import CLASSES
+from cli import UserError, first_line
+from fcn8s import BACKBONES, FCN8s, published
+from voc import CLASSES, palette
 
 CLASS_LAYERS = ("decode_head.conv_seg.weight", "decode_head.score_fr.weight")  # [C, channels, 1, 1]
 HEADS = ("decode_head.", "auxiliary_head.")
-TRAINING_STATE = ("optimizer", "precision", "progress")  # what train.py saves beside the weights, to resume
+TRAINING_STATE = ("optimizer", "precision", "progress")  # what train.py saves with the weights, to resume
 REFERENCE_SCALE = (2048, 512)  # mmsegmentation's evaluation: (long, short) side, in pixels
 PLAIN_COMMAND = ("""python -c "import torch; c = torch.load('{0}', map_location='cpu', weights_only=False); """
                  """k = c.keys() & {{'state_dict', 'model_state_dict', 'arch'}} or c.keys(); """
                  """torch.save({{n: c[n] for n in k}}, '{0}.plain.pth')\"""")
 KEYS_SHOWN = 3
+
+
+def add_network_flags(parser):
+    """The flags that name a trained network."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT",
+                        help="a file of train.py, mmsegmentation or torchfcn; or resnet50_d8_voc, resnet101_d8_voc: "
+                             "mmsegmentation's published weights, downloaded")
+    network = parser.add_argument_group("network")
+    network.add_argument("--backbone", choices=tuple(BACKBONES), help="if the file does not say it")
+    network.add_argument("--at_once", action="store_true", help="the file holds torchfcn's FCN8sAtOnce")
 
 
 @dataclasses.dataclass
@@ -38,7 +46,7 @@ class Checkpoint:
     state: the weights under FCN8s's names, or a classifier's under its own (`kind` says which)
     backbone: its name; form: see FCN8s.use_form
     num_classes: None if it holds no trained heads
-    kind: what it was recognised as, in words; classifier: whether it holds ImageNet weights of a backbone alone
+    kind: a description of the file; classifier: whether it holds ImageNet weights of a backbone alone
     meta: what train.py wrote about the run; {} for other files
     training: {"optimizer", "precision", "progress"} to resume from, or None
     """
@@ -58,7 +66,7 @@ class Checkpoint:
 
         backbone: which one it is of, where the file does not say
         at_once: they are torchfcn's FCN8sAtOnce, whose keys are FCN8s's; `arch` or the file's name tell it, too
-        Raises WeightsError for what is not there, damaged, unsafe, or of another backbone.
+        Raises UserError for what is not there, damaged, unsafe, or of another backbone.
         """
         source, named = str(source), published().get(str(source))
         content = download(*named, source) if named else read_file(source)
@@ -67,13 +75,13 @@ class Checkpoint:
         state = {str(key).removeprefix("module."): value for key, value in raw.items()
                  if isinstance(value, torch.Tensor)}
         meta = content.get("meta")
-        meta = meta if isinstance(meta, dict) else {}
+        meta = upgraded(meta) if isinstance(meta, dict) else {}
         torchfcns = {"conv1_1.weight", "fc7.weight"} <= state.keys()
         theirs = named[0] if named else meta.get("backbone", "vgg16" if torchfcns else None)
         if theirs is None and backbone is None:
-            raise WeightsError(f"{source}: does not say which backbone it is of; add --backbone")
+            raise UserError(f"{source}: does not say which backbone it is of; add --backbone")
         if theirs is not None and backbone not in (None, theirs):
-            raise WeightsError(f"{source}: is of backbone {theirs}, not {backbone}; use --backbone {theirs}")
+            raise UserError(f"{source}: is of backbone {theirs}, not {backbone}; use --backbone {theirs}")
         state, form, kind, classifier = recognise(source, content, state, meta, theirs or backbone, at_once)
         training = {key: content[key] for key in TRAINING_STATE if key in content}
         return cls(source, state, theirs or backbone, form,
@@ -81,9 +89,9 @@ class Checkpoint:
                    training if len(training) == len(TRAINING_STATE) else None)
 
     def network(self):
-        """The trained FCN8s. Raises WeightsError, naming the keys, if the weights are not all there."""
+        """The trained FCN8s. Raises UserError, naming the keys, if the weights are not all there."""
         if self.num_classes is None:
-            raise WeightsError(f"{self.source}: holds no trained network, it has none of {', '.join(CLASS_LAYERS)}; "
+            raise UserError(f"{self.source}: holds no trained network, it has none of {', '.join(CLASS_LAYERS)}; "
                                "it may do as a start: train.py --pretrained")
         model = FCN8s(self.num_classes, self.backbone)
         model.use_form(self.form)
@@ -96,7 +104,7 @@ class Checkpoint:
         """Loads the weights into a model as the start of a training. Heads for other classes start afresh.
 
         classes: the names of the model's classes
-        -> what was loaded, in words. Raises WeightsError if the weights do not fit.
+        -> a description of what was loaded. Raises UserError if the weights do not fit.
         """
         origin = f"{self.source}: {self.kind}"
         if self.classifier:
@@ -125,45 +133,35 @@ class Checkpoint:
     def names(self):
         """The names of the classes: a tuple; VOC's for files of others with 21 classes; None if nothing names them."""
         names = self.meta.get("classes", CLASSES if self.num_classes == len(CLASSES) else None)
-        if names is None:
-            return None
-        if not isinstance(names, (list, tuple)) or len(names) != self.num_classes:
-            raise WeightsError(f"{self.source}: its list of class names is damaged; take another checkpoint")
-        return tuple(map(str, names))
+        return names and tuple(names)
 
     def colours(self):
         """uint8 [256, 3]: the colour of each class and of IGNORE."""
         colours = palette()
-        try:
-            colours[:self.num_classes] = self.meta.get("palette", colours[:self.num_classes])
-        except (TypeError, ValueError, OverflowError):
-            raise WeightsError(f"{self.source}: its colours of classes are damaged; take another checkpoint") from None
+        colours[:self.num_classes] = self.meta.get("palette", colours[:self.num_classes])
         return colours
 
     def scale(self):
         """(long, short): what images are fitted into, in pixels; None: their own size, as the original release."""
-        scale = self.meta.get("scale")
-        if scale is None:
-            return REFERENCE_SCALE if self.form == "unpadded" else None
-        pair = isinstance(scale, (list, tuple)) and len(scale) == 2
-        if not pair or not all(isinstance(side, int) and side > 0 for side in scale):
-            raise WeightsError(f"{self.source}: holds the scale {scale}, which is invalid; give --scale LONG SHORT")
-        return tuple(scale)
-
-    def pad_to(self):
-        """The side, in pixels, that images were padded to in the evaluations of the training, or None."""
-        recipe = self.meta.get("recipe")
-        side = recipe.get("pad_to") if isinstance(recipe, dict) else None
-        return side if isinstance(side, int) and side > 0 else None
+        scale = self.meta.get("scale", REFERENCE_SCALE if self.form == "unpadded" else None)
+        return scale and tuple(scale)
 
     def iteration(self):
         """The iteration it was saved at, or None for files of others."""
-        progress = (self.training or {}).get("progress")
-        return progress.get("iteration") if isinstance(progress, dict) else None
+        return self.training and self.training["progress"]["iteration"]
+
+
+def upgraded(meta):
+    """The meta of a checkpoint of version 2.0.0 in today's form; to drop in a later version."""
+    if "recipe" not in meta:
+        return meta
+    args = dict(meta["recipe"])
+    ranks, _, *digests = (args.pop(name, None) for name in ("ranks", "precision", "train_list", "val_list"))
+    return {**meta, "args": args, "ranks": ranks, "digests": dict(zip(("train", "val"), digests, strict=True))}
 
 
 def recognise(source, content, state, meta, backbone, at_once):
-    """-> (the state under FCN8s's names, its form, what it is in words, whether it is a classifier's)"""
+    """-> (the state under FCN8s's names, its form, its description, whether it is a classifier's)"""
     if {"conv1_1.weight", "fc7.weight"} <= state.keys():
         named = f"{content.get('arch')} {Path(source).name}".lower().replace("-", "").replace("_", "")
         form = "at_once" if at_once or "atonce" in named else "padded"
@@ -174,15 +172,24 @@ def recognise(source, content, state, meta, backbone, at_once):
         form, kind, classifier = "unpadded", "ImageNet weights of the backbone", True
     else:
         if backbone == "vgg16" and "form" not in meta:
-            raise WeightsError(f"{source}: does not say which form of vgg16 it is for; take the whole checkpoint, as "
+            raise UserError(f"{source}: does not say which form of vgg16 it is for; take the whole checkpoint, as "
                                "train.py wrote it")
         form, classifier = meta.get("form", "unpadded"), False
         kind = "a checkpoint of " + ("train.py" if "backbone" in meta or not backbone.endswith("_d8") else
                                      "mmsegmentation")
         kind += "" if form == "unpadded" else f", {form} form"
     if at_once and form != "at_once":
-        raise WeightsError(f"{source}: is {kind}, --at_once is for torchfcn's FCN-8s")
+        raise UserError(f"{source}: is {kind}, --at_once is for torchfcn's FCN-8s")
     return state, form, kind, classifier
+
+
+def load_start(model, pretrained, at_once, classes):
+    """Loads the weights that --pretrained names into a new model. -> a description of their origin"""
+    if pretrained == "none":
+        return "random weights"
+    if pretrained == "imagenet":
+        return load_imagenet(model)
+    return Checkpoint.read(pretrained, model.backbone_name, at_once).start(model, classes)
 
 
 def load_imagenet(model):
@@ -190,7 +197,7 @@ def load_imagenet(model):
     name = model.backbone_name
     where = BACKBONES[name].imagenet
     if where is None:
-        raise WeightsError(f"there are no ImageNet weights of {name}; add --pretrained none, or a FILE")
+        raise UserError(f"there are no ImageNet weights of {name}; add --pretrained none, or a FILE")
     get_state = (functools.partial(torch.hub.load_state_dict_from_url, where) if ":" in where else
                  torchvision_weights(where).get_state_dict)
     content = get_download(get_state, f"the ImageNet weights of {name}",
@@ -210,9 +217,9 @@ def get_download(get_state, what, instead):
     try:
         return get_state(map_location="cpu", check_hash=True, weights_only=True)
     except (URLError, TimeoutError, ConnectionError) as error:
-        raise WeightsError(f"{what} cannot be downloaded ({error}); {instead}") from None
+        raise UserError(f"{what} cannot be downloaded ({error}); {instead}") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"the download of {what} is damaged ({first_line(error)}); delete it in "
+        raise UserError(f"the download of {what} is damaged ({first_line(error)}); delete it in "
                            f"{torch.hub.get_dir()}/checkpoints and try again") from None
 
 
@@ -221,7 +228,7 @@ def torchvision_weights(name):
     try:
         from torchvision import models  # only here: a torchvision that does not match torch fails on import
     except (ImportError, RuntimeError) as error:
-        raise WeightsError(f"torchvision cannot be imported ({first_line(error)}); install the release that belongs "
+        raise UserError(f"torchvision cannot be imported ({first_line(error)}); install the release that belongs "
                            f"to torch {torch.__version__}, from where torch came") from None
     enum, member = name.split(".")
     return getattr(models, enum)[member]
@@ -230,11 +237,11 @@ def torchvision_weights(name):
 def read_file(path):
     """The dict in a checkpoint file, tensors on the CPU. Only tensors and plain values are read, no code is run.
 
-    Raises WeightsError if the file is not there, damaged, or holds other objects.
+    Raises UserError if the file is not there, damaged, or holds other objects.
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path}: there is no such checkpoint file")
+        raise UserError(f"{path}: there is no such checkpoint file")
     try:
         with warnings.catch_warnings():  # PyTorch warns about pickles that it does not read
             warnings.simplefilter("ignore")
@@ -245,19 +252,19 @@ def read_file(path):
             if changed:
                 raise ValueError(f"the checksum of its part {changed} is wrong")
     except pickle.UnpicklingError:
-        raise WeightsError(f"{path}: {why_refused(path)}") from None
+        raise UserError(f"{path}: {why_refused(path)}") from None
     except PermissionError:
         raise
     except Exception as error:  # whatever the damage leads to
-        raise WeightsError(f"{path}: the file is damaged or no checkpoint ({first_line(error)}); take another one"
+        raise UserError(f"{path}: the file is damaged or no checkpoint ({first_line(error)}); take another one"
                            ) from None
     if not isinstance(content, dict):
-        raise WeightsError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
 
 
 def why_refused(path):
-    """Why torch.load read no plain tensors from a file, in words."""
+    """Why torch.load read no plain tensors from a file, as text."""
     try:
         objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # no file of torch.save
@@ -273,8 +280,8 @@ def load_classifier(model, state, source):
     """Loads a classifier's state dict into the model's backbone."""
     try:
         state = model.backbone.from_imagenet(state)
-    except WeightsError as error:
-        raise WeightsError(f"{source}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     load_exactly(model.backbone, state, source)
 
 
@@ -288,5 +295,67 @@ def load_exactly(module, state, source):
     wrong += [f"{key} holds NaN or infinity" for key in ours if key in state and not state[key].isfinite().all()]
     if wrong:
         more = f" and {len(wrong) - KEYS_SHOWN} more" if len(wrong) > KEYS_SHOWN else ""
-        raise WeightsError(f"{source}: the weights do not fit: {', '.join(wrong[:KEYS_SHOWN])}{more}")
+        raise UserError(f"{source}: the weights do not fit: {', '.join(wrong[:KEYS_SHOWN])}{more}")
     module.load_state_dict(state, strict=False)
+
+
+# ---- resuming
+
+def load_resumed(model, args, data, ranks, start):
+    """Loads the weights of the checkpoint to resume from. -> its origin and what has changed since, as text
+
+    start: (file, Checkpoint). Raises UserError if it cannot be the same run.
+    """
+    path, checkpoint = start
+    was, iteration = checkpoint.meta.get("args", {}), checkpoint.iteration()
+    problem = None
+    if checkpoint.training is None:
+        problem = f"holds no training state; start from its weights with --pretrained {path}"
+    elif (checkpoint.backbone, checkpoint.meta.get("num_classes")) != (model.backbone_name, model.num_classes):
+        problem = (f"has backbone {checkpoint.backbone} and {checkpoint.meta.get('num_classes')} classes, this run "
+                   f"{model.backbone_name} and {model.num_classes}; they must be the same to resume")
+    elif checkpoint.names() != tuple(data.classes):
+        problem = (f"its classes have other names ({', '.join(checkpoint.names())}); give them by --classes, or start "
+                   f"from its weights with --pretrained {path}")
+    elif was.get("seed") != args.seed:
+        problem = f"is of a run with --seed {was.get('seed')}, not {args.seed}; a run keeps its seed"
+    elif iteration > args.max_iters:
+        problem = f"is of iteration {iteration}, past --max_iters {args.max_iters}"
+    if problem:
+        raise UserError(f"{path}: {problem}")
+    model.use_form(checkpoint.form)
+    load_exactly(model, checkpoint.state, path)
+    return "; ".join([f"{path}, iteration {iteration}", *changes(args, data, ranks, checkpoint)])
+
+
+def changes(args, data, ranks, checkpoint):
+    """What shapes the result and has changed since the checkpoint was saved, each by its flag: a list of texts."""
+    was, now = ({"ranks": count, **{f"--{name}": value for name, value in flags.items()}} for count, flags in (
+        (checkpoint.meta["ranks"], checkpoint.meta["args"]), (ranks.count, vars(args))))
+    was = {name: tuple(value) if isinstance(value, list) else value for name, value in was.items()}
+    said = [f"{name} {value} -> {now[name]}" for name, value in was.items() if value != now[name]]
+    lists = checkpoint.meta["digests"], data.digests()
+    return said + [f"the list '{getattr(data, name).split}' holds other images" for name in ("train", "val")
+                   if lists[0][name] != lists[1][name]]
+
+
+def resume(optimizer, precision, data, start, progress):
+    """Loads the training state of a checkpoint. `progress` becomes the checkpoint's."""
+    path, checkpoint = start
+    training = checkpoint.training
+    try:
+        precision.load_state_dict(training["precision"])
+        # The momentum is the checkpoint's, param_groups are this run's: another device takes another form of SGD.
+        own = optimizer.state_dict()
+        optimizer.load_state_dict({**training["optimizer"], "param_groups": own["param_groups"]})
+        for parameter, state in optimizer.state.items():
+            if state.get("momentum_buffer") is not None:
+                # Fused SGD reads parameter and momentum in storage order, which differs between devices.
+                state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
+        for name, value in training["progress"].items():
+            setattr(progress, name, value)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # a state of another kind
+        raise UserError(f"{path}: its training state does not fit ({first_line(error)}); start from its weights with "
+                        f"--pretrained {path}") from None
+    if checkpoint.meta["digests"]["val"] != data.digests()["val"]:  # scores on other images are not comparable
+        progress.best, progress.best_iteration = -1.0, 0

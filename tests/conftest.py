@@ -1,19 +1,25 @@
-"""What the tests share: the project's commands as a user runs them, and the data they run on."""
+"""What the tests share: the project's commands, called in the tests' process or as real ones, and their data."""
+import contextlib
+import importlib
+import io
 import json
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from drawn_voc import draw_data_set
-from fork_server import ForkServer
+from draw_voc import draw_data_set
 
+import cli
 from fcn8s import FCN8s
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +28,7 @@ HANGS = 240  # seconds after which a command that takes a few is said to hang
 REAL_VOC = Path(os.environ.get("FCN8S_VOC", ROOT.parent / "shared" / "voc"))
 # The longest modules, which start first: at the end both processes then have small ones to share.
 FIRST = ("test_learning", "test_processes", "test_faults", "test_device")
-SERVERS = {}  # by PYTHONPATH
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # as cli.py does in a command
 
 
 def pytest_configure():
@@ -37,55 +43,84 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
-def pytest_unconfigure():
-    for server in SERVERS.values():
-        server.close()
+@pytest.fixture(autouse=True)
+def nothing_stays_behind():
+    """A command that was called in this process leaves no signal handler, variable or thread."""
+    def state():
+        handlers = {number: signal.getsignal(number) for number in (*cli.STOP_SIGNALS, signal.SIGALRM)}
+        return handlers, dict(os.environ), {thread for thread in threading.enumerate() if not thread.daemon}
+
+    def changed(before, after):  # the name of the current test; torch._dynamo's folder
+        names = (before[1].keys() | after[1].keys()) - {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+        return [name for name in names if before[1].get(name) != after[1].get(name)]
+
+    before = state()
+    yield
+    after = state()
+    assert before[0] == after[0] and not changed(before, after) and not after[2] - before[2]
 
 
 def environment(changes=None):
-    """The environment of a command: ours, the small backbone, and changes, whose PYTHONPATH comes before ours."""
+    """The environment of a real process: ours, the small backbone, and changes, whose PYTHONPATH comes before ours."""
     changes = changes or {}
-    folders = [*changes.get("PYTHONPATH", "").split(os.pathsep), ROOT, ROOT / "tests", SITE]
+    folders = [*changes.get("PYTHONPATH", "").split(os.pathsep), ROOT, ROOT / "tests", ROOT / "tools", SITE]
     folders = dict.fromkeys(str(folder) for folder in folders if folder)  # each once
     return {**os.environ, **changes, "PYTHONPATH": os.pathsep.join(folders)}
 
 
-def fork_server(env):
-    """The process to fork for commands in an environment. There is one for each PYTHONPATH of folders of ours, as the
-    stand-ins are; what a test writes may be made to break an import. -> ForkServer or None"""
-    folders = env["PYTHONPATH"]
-    if not all(Path(folder).is_relative_to(ROOT) for folder in folders.split(os.pathsep)):
-        return None
-    if folders not in SERVERS:
-        SERVERS[folders] = ForkServer(environment({"PYTHONPATH": folders}))
-    return SERVERS[folders]
+def start_python(command, cwd=ROOT, env=None, merged=False, new_session=False):
+    """Starts `python COMMAND...`. merged: the errors go where the output goes. -> subprocess.Popen"""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=environment(env), text=True,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT if merged else subprocess.PIPE, start_new_session=new_session)
 
 
-def start_python(command, cwd, env, real, merged=False, new_session=False):
-    """Starts `python COMMAND...`: a script as a fork of a process that has imported PyTorch, but a new interpreter if
-    `real`, or if the environment changes what is read at start. `merged`: the errors go where the output goes.
-    -> Forked or subprocess.Popen"""
-    command, env = [str(part) for part in command], environment(env)
-    server = None if real or command[0].startswith("-") else fork_server(env)
-    if server and server.can_run(env):
-        return server.start(command, cwd, env, merged, new_session)
-    return subprocess.Popen([sys.executable, *command], cwd=cwd, env=env, text=True, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT if merged else subprocess.PIPE,
-                            start_new_session=new_session)
+def call(script, arguments, cwd, env):
+    """Calls a command of the project in this process, as `python SCRIPT ARGUMENTS...` would. -> CompletedProcess"""
+    module, folder = importlib.import_module(script.stem), os.getcwd()
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, env or {}))
+        stack.enter_context(mock.patch.object(sys, "argv", [str(script), *arguments]))
+        for holder in (cli, module):
+            if hasattr(holder, "PROG"):
+                stack.enter_context(mock.patch.object(holder, "PROG", script.name))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            os.chdir(cwd)
+            status = module.main(module.parse_args(arguments))
+        except SystemExit as ending:
+            status = ending.code
+        except (cli.UserError, OSError) as error:
+            status = 1
+            print(cli.message_of(error), file=err)
+        finally:
+            cli.kill_children()  # as cli.run does
+            os.chdir(folder)
+    return subprocess.CompletedProcess([str(script), *arguments], status, out.getvalue(), err.getvalue())
 
 
 def run(*command, status=0, cwd=ROOT, env=None, real=False):
-    """Runs `python COMMAND...` in a process of its own, checks its exit status, and returns it with its output.
+    """Runs `python COMMAND...`, checks its exit status, and returns it with its output.
 
-    real: in a new interpreter, for tests of what happens before PyTorch is imported
+    A command of the project is called in this process, unless `real`, or it starts ranks, or its modules are found
+    elsewhere. Real processes take seconds: they are for signals, kills, locks, ranks, exit statuses and `--help`.
     """
-    process = start_python(command, cwd, env, real)
-    try:
-        done = subprocess.CompletedProcess(process.args, None, *process.communicate())
-    except BaseException:  # Ctrl-C
-        process.kill()
-        raise
-    done.returncode = process.returncode
+    command = [str(part) for part in command]
+    script = Path(command[0])
+    ours = script.parent == ROOT and script.name in cli.COMMANDS
+    if ours and not real and "PYTHONPATH" not in (env or {}) and not any(
+            part.startswith(("--device_list", "--device-list")) for part in command):
+        done = call(script, command[1:], cwd, env)
+    else:
+        process = start_python(command, cwd, env)
+        try:
+            done = subprocess.CompletedProcess(process.args, None, *process.communicate())
+        except BaseException:  # Ctrl-C
+            process.kill()
+            raise
+        done.returncode = process.returncode
     assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -102,9 +137,9 @@ def train(data, work_dir, *flags, status=0, real=False):
     return run(ROOT / "train.py", *train_flags(data, work_dir), *flags, status=status, real=real)
 
 
-def start(data, work_dir, *flags, env=None, real=False):
-    """Starts a training as `train` does, in a session of its own, and does not wait for it. -> see start_python"""
-    return start_python((ROOT / "train.py", *train_flags(data, work_dir), *flags), ROOT, env, real, merged=True,
+def start(data, work_dir, *flags, env=None):
+    """Starts a training as `train` does, in a session of its own, and does not wait for it. -> subprocess.Popen"""
+    return start_python((ROOT / "train.py", *train_flags(data, work_dir), *flags), env=env, merged=True,
                         new_session=True)
 
 

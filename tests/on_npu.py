@@ -1,36 +1,194 @@
-"""Tests that need the software NPU in their own process; test_device.py runs them, with the stand-ins on PYTHONPATH.
+"""The tests that need the software NPU. A device can be registered once in a process, and stays: so test_device.py runs
+these in one of their own, with the stand-ins of torch_npu and apex on PYTHONPATH.
 
 The stand-in of apex fails on what apex's documentation calls wrong use; then, that ApexPrecision uses it right.
 """
 import importlib
-from types import SimpleNamespace
+import json
+import sys
 
+import apex.amp
 import pytest
 import software_npu
 import torch
 import torch_npu  # makes the software NPU
-from apex import amp, optimizers
+from apex import optimizers
+from conftest import ROOT, error_line, metrics, run, state, train_flags
+from spoiled_steps import spoiled
 
-import batchnorm
+import device
 import inference
 import train
-import trainer
-from device import convolutions
+from amp import ApexPrecision, choose_precision, fused_sgd
+from data import val_batches
+from device import Ranks, place
 from fcn8s import FCN8s
 from inference import Protocol, evaluate
-from precision import ApexPrecision, Precision, choose_precision, fused_sgd
+from metrics import MEANS
 
-NPU = torch.device("npu:0")
+CPU, NPU = torch.device("cpu"), torch.device("npu:0")
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+TRAIN = ROOT / "train.py"
+DRAW = train.draw
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Drawing takes longer than these trainings do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw", lambda *arguments: None)
+        yield
+
+
+def fresh_apex():
+    """Forgets amp.initialize, as if the process were new."""
+    if apex.amp.STATE is not None:
+        if apex.amp.STATE.opt_level == "O1":
+            apex.amp.CASTS.__exit__(None, None, None)
+        importlib.reload(apex.amp)
 
 
 @pytest.fixture(autouse=True)
-def fresh_amp():
+def forgetting_apex():
     yield
-    if amp.STATE is not None and amp.STATE.opt_level == "O1":
-        amp.CASTS.__exit__(None, None, None)
-    importlib.reload(amp)
+    fresh_apex()
 
+
+@pytest.fixture
+def without_apex(monkeypatch):
+    hide_apex(monkeypatch)
+
+
+def hide_apex(monkeypatch):
+    """apex is not installed, in this test."""
+    folder = str(ROOT / "tests/stand_ins/apex")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != folder])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+# ---- the commands on an NPU
+
+def flags_of(data, work_dir, *flags):
+    return (*train_flags(data, work_dir), "--device", "npu", "--scale", 64, 32, "--crop_size", 32, "--max_iters", 3,
+            *flags)
+
+
+def tiny_train(data, work_dir, *flags, plan="", status=0):
+    """Three iterations on crops of 32 pixels, on an NPU; `plan`: of spoiled_steps."""
+    try:
+        with spoiled(plan):
+            return run(TRAIN, *flags_of(data, work_dir, *flags), status=status)
+    finally:
+        fresh_apex()
+
+
+def losses(work_dir):
+    return [line["loss"] for line in metrics(work_dir) if "loss" in line]
+
+
+def skipped(work_dir):
+    return [line["skipped_steps"] for line in metrics(work_dir) if "loss" in line]
+
+
+def latest(work_dir):
+    return state(work_dir / "ckpt/latest.pth")
+
+
+def same(a, b):
+    """Whether two nested states are equal, tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, list) else a == b
+
+
+@pytest.fixture(scope="module")
+def cpu_run(drawn_voc, tmp_path_factory):
+    """The folder of a run on the CPU, its tensors contiguous as an NPU's are: another layout rounds otherwise."""
+    work_dir = tmp_path_factory.mktemp("cpu") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "memory_format", lambda device: torch.contiguous_format)
+        tiny_train(drawn_voc, work_dir, "--device", "cpu")
+    return work_dir
+
+
+def test_in_float32_an_npu_gives_the_losses_and_scores_of_the_cpu(cpu_run, drawn_voc, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "draw", DRAW)
+    output = tiny_train(drawn_voc, tmp_path, "--device", "auto").stdout
+    assert "1 x npu:0 (software NPU), float32" in output and (tmp_path / "val_samples.png").is_file()
+    assert losses(tmp_path) == pytest.approx(losses(cpu_run), rel=1e-6)
+    assert all(value.device == CPU for value in latest(tmp_path)["state_dict"].values())  # any machine can read it
+    assert "on 1 x npu:0 (software NPU), float32" in assert_score_is_evaluates(tmp_path, drawn_voc)
+    assert same_scores(*(json.loads((folder / "result.json").read_text()) for folder in (tmp_path, cpu_run)))
+
+
+def assert_score_is_evaluates(work_dir, data):
+    """-> what evaluate.py printed"""
+    output = run(ROOT / "evaluate.py", work_dir / "ckpt/latest.pth", "--data_path", data, "--device", "npu",
+                 "--json", work_dir / "scores.json").stdout
+    assert same_scores(*(json.loads((work_dir / name).read_text()) for name in ("scores.json", "result.json")))
+    return output
+
+
+def same_scores(a, b):
+    return all(a[name] == b[name] for name in MEANS)
+
+
+@pytest.mark.parametrize("has_apex, flags, words", [
+    (False, (), "float16 with loss scale 128.0"),
+    (False, ("--opt_level", "O0"), "float32 (HF32 in convolutions)"),
+    (True, (), "apex O1 with loss scale 128.0"),
+    (True, ("--opt_level", "O2"), "apex O2 with loss scale 128.0"),
+    (True, ("--opt_level", "O3", "--loss_scale", 64), "apex O3 with loss scale 64.0")])
+def test_mixed_precision_on_an_npu(cpu_run, drawn_voc, tmp_path, monkeypatch, has_apex, flags, words):
+    """Step 2 has infinite gradients: the third begins where the second did, but at another learning rate."""
+    if not has_apex:
+        hide_apex(monkeypatch)
+    output = tiny_train(drawn_voc, tmp_path, "--amp", *flags, plan="gradient inf 2").stdout
+    assert f"software NPU), {words}\n" in output and "skipped steps 1\n" in output
+    assert skipped(tmp_path) == [0, 1, 1]
+    assert losses(tmp_path)[:2] == pytest.approx(losses(cpu_run)[:2], rel=0.01)
+    assert losses(tmp_path)[2] > losses(cpu_run)[2] + 0.04  # which learned in step 2
+    assert_score_is_evaluates(tmp_path, drawn_voc)
+
+
+def test_bfloat16_on_an_npu(drawn_voc, tmp_path):
+    flags = ("--amp", "--amp_dtype", "bfloat16", "--max_iters", 1)
+    output = tiny_train(drawn_voc, tmp_path / "d8", *flags, "--backbone", "tiny_d8").stdout
+    assert "software NPU), bfloat16\n" in output
+    error = error_line(TRAIN, *flags_of(drawn_voc, tmp_path / "run", *flags))
+    assert "has transposed convolutions, which an NPU does not offer in bfloat16" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_npu_that_hides_overflows_is_refused(drawn_voc, tmp_path):
+    assert "npu:0 has no INF/NAN mode" in error_line(
+        TRAIN, *flags_of(drawn_voc, tmp_path / "run"), env={"SOFTWARE_NPU_IS_910A": "1"})
+
+
+def test_a_dynamic_loss_scale_on_an_npu_needs_apex(without_apex, drawn_voc, tmp_path):
+    flags = flags_of(drawn_voc, tmp_path / "run", "--amp", "--loss_scale", "dynamic")
+    assert "--loss_scale dynamic: PyTorch's own AMP has none on an NPU" in error_line(TRAIN, *flags)
+
+
+@pytest.mark.parametrize("backend, flags", [
+    ("native", ()), ("apex", ("--opt_level", "O2", "--loss_scale", "dynamic"))], ids=("native O1", "apex O2"))
+def test_a_resumed_run_on_an_npu_is_the_same_run(drawn_voc, tmp_path, backend, flags):
+    """Step 1 has infinite gradients, and the resumed run starts after it: it continues with the lowered scale."""
+    flags = ("--amp", "--amp_backend", backend, *flags, "--checkpoint_interval", 2)
+    tiny_train(drawn_voc, tmp_path / "whole", *flags, plan="gradient nan 1")
+    tiny_train(drawn_voc, tmp_path / "part", *flags, "--resume", tmp_path / "whole/ckpt/iter_2.pth")
+    whole, part = latest(tmp_path / "whole"), latest(tmp_path / "part")
+    for key in ("state_dict", "optimizer", "precision"):
+        assert same(whole[key], part[key]), key
+    assert skipped(tmp_path / "whole") == [1, 1, 1] and skipped(tmp_path / "part") == [1]
+    if backend == "apex":
+        assert part["precision"]["amp"]["loss_scaler0"]["loss_scale"] == 2.0 ** 15
+
+
+# ---- apex and the stand-ins
 
 def network(device=NPU):
     torch.manual_seed(0)
@@ -54,57 +212,78 @@ def test_tensors_of_two_devices_do_not_mix():
 
 def test_initialize_twice_fails():
     model = network()
-    amp.initialize(model, sgd_of(model), loss_scale=128.0)
+    apex.amp.initialize(model, sgd_of(model), loss_scale=128.0)
     with pytest.raises(RuntimeError, match="once"):
-        amp.initialize(model, sgd_of(model), loss_scale=128.0)
+        apex.amp.initialize(model, sgd_of(model), loss_scale=128.0)
 
 
 class Wrapper(torch.nn.Module):
     """In place of DistributedDataParallel, which would want other processes."""
+    made = []
+
     def __init__(self, module, **settings):
         super().__init__()
         self.module, self.settings = module, settings
+        self.dtype = module.model.decode_head.score_fr.weight.dtype if hasattr(module, "model") else None
+        self.made.append(self)
+
+    def forward(self, *inputs):
+        return self.module(*inputs)
 
 
-def test_ddp_comes_after_initialize(monkeypatch):
+class TwoRanks(Ranks):
+    """Two ranks, of which there is one."""
+
+    def share(self, value):
+        return value
+
+    def sum(self, tensor):
+        return tensor
+
+
+def test_ddp_comes_after_initialize(monkeypatch, drawn_voc, tmp_path):
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Wrapper)
     model = network()
     with pytest.raises(RuntimeError, match="after amp.initialize"):
-        amp.initialize(Wrapper(model), sgd_of(model))
-    monkeypatch.setattr(trainer, "DistributedDataParallel", Wrapper)
-    trains = make_trainer(choose_precision(NPU, True, "O2"), ranks=2)
-    assert isinstance(trains.network, Wrapper) and trains.network.module.model is trains.model
-    assert trains.network.settings == trainer.ddp_settings(NPU, trains.precision)
-    assert trains.model.decode_head.score_fr.weight.dtype == torch.float16
-    assert amp.STATE.optimizer is trains.optimizer
+        apex.amp.initialize(Wrapper(model), sgd_of(model))
+    ranks = TwoRanks(NPU, count=2)
+    monkeypatch.setattr(train, "DistributedDataParallel", Wrapper)
+    monkeypatch.setattr(train, "join_ranks", lambda args: ranks)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, rank: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    tiny_train(drawn_voc, tmp_path, "--amp", "--opt_level", "O2")
+    made = Wrapper.made[-1]
+    assert isinstance(made.module, train.WithLosses) and made.dtype is torch.float16  # so apex was there before
+    assert made.settings == train.ddp_settings(NPU, ApexPrecision)
+    assert skipped(tmp_path) == [0, 0, 0] and losses(tmp_path)[2] < losses(tmp_path)[0]
 
 
-def make_trainer(precision, ranks=1, backbone="tiny"):
-    """A Trainer on the NPU, of a network that is not trained but answers otherwise from pixel to pixel."""
+def varied(backbone="tiny"):
+    """A network that is not trained but answers otherwise from pixel to pixel, on the NPU."""
     torch.manual_seed(0)
     model = FCN8s(21, backbone)
     for name, parameter in model.named_parameters():
         if "score_" in name or "conv_seg" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    recipe = train.from_args(trainer.Recipe, train.parse_args(["--data_path", "unused", "--backbone", backbone]))
-    return trainer.Trainer(recipe, model, NPU, precision, SimpleNamespace(count=ranks, rank=0), None, None, ())
+    return place(model, NPU)
 
 
 @pytest.mark.parametrize("opt_level", ("O1", "O2", "O3"))
 def test_training_with_apex_evaluates_the_network_that_evaluate_py_would(opt_level):
     """In float32, though apex casts in training; the logits are equal to the bit."""
-    trains = make_trainer(choose_precision(NPU, True, opt_level))
+    precision, model = choose_precision(NPU, True, opt_level), varied()
+    model, _ = precision.wrap(model, fused_sgd(list(model.parameters()), NPU, precision, **SETTINGS))
     images = torch.randn(1, 3, 64, 96).to(NPU)
-    trains.model.eval()
+    model.eval()
     theirs = FCN8s(21, "tiny").eval()
-    theirs.load_state_dict({key: value.cpu().float() for key, value in trains.model.state_dict().items()})
+    theirs.load_state_dict({key: value.cpu().float() for key, value in model.state_dict().items()})
     with torch.no_grad():
-        with trains.precision.evaluated(trains.model) as model:
-            ours = model.eval()(images)["out"]
+        with precision.evaluated(model) as scored:
+            ours = scored.eval()(images)["out"]
         with torch.autocast("npu", enabled=False):
             expected = theirs.to(NPU)(images)["out"]
         assert torch.equal(ours.cpu(), expected.cpu())
-        assert not torch.equal(trains.model(images)["out"].float().cpu(), expected.cpu())  # casts as before
+        assert not torch.equal(model(images)["out"].float().cpu(), expected.cpu())  # casts as before
 
 
 def test_what_a_real_npu_lacks_is_refused():
@@ -123,78 +302,85 @@ def test_what_a_real_npu_lacks_is_refused():
         torch.zeros(1, 4, 4, 3, dtype=torch.uint8).permute(0, 3, 1, 2).to(NPU)
 
 
-def batch_of(size):
-    """As `train_batches` gives it."""
-    return {"image": torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8),
-            "label": torch.zeros(2, size, size, dtype=torch.uint8), "size": torch.full((2, 2), size),
-            "jitter": torch.tensor([[5.0, 1.1, 0.9, 3.0, 0.0], [-1000.0, 0.9, -1000.0, 5.0, 1.0]])}
+def test_a_step_copies_nothing_but_the_batch_to_the_device(monkeypatch, drawn_voc, tmp_path):
+    """Constants are there since the first one. The log and the evaluation at the end may wait."""
+    rates, seen = train.learning_rate, []
+
+    def learning_rate(*arguments):  # asked once in each iteration, and for the log line at the end
+        seen.append(list(software_npu.waits))
+        software_npu.waits.clear()
+        return rates(*arguments)
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+    tiny_train(drawn_voc, tmp_path, "--max_iters", 5, "--log_interval", 5)
+    assert len(seen) == 6
+    for waits in seen[2:5]:
+        # GradScaler waits once, as torch_npu's fused SGD does not skip a step by itself.
+        assert sorted(waits) == ["aten::_local_scalar_dense"] + 4 * ["to npu:0"]
 
 
-def test_a_step_copies_nothing_but_the_batch_to_the_device():
-    """Constants are there since the first one."""
-    trains = make_trainer(Precision(NPU))
-    trains.step([batch_of(32)])
-    software_npu.waits.clear()
-    trains.step([batch_of(32)])
-    # GradScaler waits once, as torch_npu's fused SGD does not skip a step by itself.
-    assert sorted(software_npu.waits) == ["aten::_local_scalar_dense"] + 4 * ["to npu:0"]
+def score(model, count):
+    """The confusion matrix of as many equal images."""
+    data = [(torch.arange(6000, dtype=torch.int64).remainder(251).byte().view(3, 40, 50),
+             torch.ones(40, 50, dtype=torch.uint8))] * count
+    protocol, ranks = Protocol((64, 32)), Ranks(NPU)
+    return evaluate(model, val_batches(data, [(40, 50)] * count, protocol, 0, ranks), protocol, ranks, total=count)
 
 
 def test_evaluation_waits_for_the_device_no_more_for_more_images():
-    torch.manual_seed(0)
-    model = make_trainer(Precision(NPU)).model
+    model = varied()
 
     def waits(count):
-        data = [(torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8), torch.ones(40, 50, dtype=torch.uint8))] * count
         software_npu.waits.clear()
-        confusion = evaluate(model, data, [(40, 50)] * count, Protocol((64, 32)), NPU, workers=0)
+        confusion = score(model, count)
         assert confusion[1].sum() == confusion.sum() == count * 40 * 50
         return [what for what in software_npu.waits if what != "to npu:0"]
     assert waits(10) == waits(1) != []
 
 
-def test_evaluation_runs_images_together_with_bn_folded(monkeypatch):
+def test_evaluation_runs_images_together(monkeypatch):
     seen, predict = [], inference.predict
     monkeypatch.setattr(inference, "predict", lambda model, images, protocol: (
-        seen.append((len(images), len(batchnorm.layers(model)))), predict(model, images, protocol))[1])
-    data = [(torch.zeros(3, 40, 50, dtype=torch.uint8), torch.ones(40, 50, dtype=torch.uint8))] * 10
-    evaluate(make_trainer(Precision(NPU)).model, data, [(40, 50)] * 10, Protocol((64, 32)), NPU, workers=0)
-    assert seen == [(8, 0), (2, 0)]
+        seen.append(len(images)), predict(model, images, protocol))[1])
+    score(varied(), 10)
+    assert seen == [8, 2]
 
 
-def test_evaluation_is_in_float32_and_training_in_hf32():
-    seen = []
-    for training in (True, False):
-        with convolutions(NPU, training):
-            seen.append(torch.npu.conv.allow_hf32)
-    assert seen == [True, False] and torch.npu.conv.allow_hf32
+def test_evaluation_is_in_float32_and_training_in_hf32(monkeypatch, drawn_voc, tmp_path):
+    seen, forward = {}, FCN8s.forward
+
+    def recording(self, *arguments):
+        seen.setdefault(self.training, set()).add(torch.npu.conv.allow_hf32)
+        return forward(self, *arguments)
+    monkeypatch.setattr(FCN8s, "forward", recording)
+    tiny_train(drawn_voc, tmp_path, "--max_iters", 1)
+    assert seen == {True: {True}, False: {False}} and torch.npu.conv.allow_hf32
 
 
 def test_a_model_on_the_cpu_fails():
     model = network("cpu")
     with pytest.raises(RuntimeError, match="expected it on an NPU"):
-        amp.initialize(model, sgd_of(model))
+        apex.amp.initialize(model, sgd_of(model))
 
 
 def test_backward_outside_scale_loss_fails():
     model = network()
-    model, optimizer = amp.initialize(model, sgd_of(model), loss_scale=128.0)
+    model, optimizer = apex.amp.initialize(model, sgd_of(model), loss_scale=128.0)
     loss_of(model).backward()
     with pytest.raises(RuntimeError, match="without a backward inside"):
         optimizer.step()
     with pytest.raises(RuntimeError, match="no backward of the scaled loss"):
-        with amp.scale_loss(loss_of(model), optimizer):
+        with apex.amp.scale_loss(loss_of(model), optimizer):
             loss_of(model).backward()
 
 
-def test_weights_changed_beside_the_master_weights_fail():
+def test_weights_changed_without_the_master_weights_fail():
     model = network()
-    model, optimizer = amp.initialize(model, sgd_of(model), opt_level="O2", loss_scale=128.0)
+    model, optimizer = apex.amp.initialize(model, sgd_of(model), opt_level="O2", loss_scale=128.0)
     optimizer.zero_grad()
     with torch.no_grad():
         model[0].weight.mul_(2)
     with pytest.raises(RuntimeError, match="not its master weights"):
-        with amp.scale_loss(loss_of(model), optimizer) as scaled:
+        with apex.amp.scale_loss(loss_of(model), optimizer) as scaled:
             scaled.backward()
 
 
@@ -228,7 +414,7 @@ def test_apex_steps_as_float32_does_and_leaves_out_the_infinite(opt_level, loss_
             with torch.autocast("npu", enabled=False):
                 loss_of(plain).backward()
             plain_sgd.step()
-    for ours, theirs in zip(amp.master_params(optimizer), plain.parameters(), strict=True):
+    for ours, theirs in zip(apex.amp.master_params(optimizer), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.float().cpu(), theirs.cpu(), rtol=0.05, atol=0.005)
     assert precision.scale() == (128.0 if loss_scale == 128.0 else 2.0 ** 14)  # halved twice
 

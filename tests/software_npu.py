@@ -100,6 +100,7 @@ class NpuTensor(torch.Tensor):
         return torch.nn.Parameter(copy, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copy
 
     def tolist(self):  # PyTorch refuses it for subclasses
+        waits.append("to cpu")
         return self.raw.tolist()
 
     @classmethod

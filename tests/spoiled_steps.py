@@ -1,46 +1,62 @@
-"""Runs a command some of whose training steps go wrong: python spoiled_steps.py WHAT inf|nan STEPS COMMAND...
+"""Training steps that go wrong: a context; for ranks a command, python spoiled_steps.py PLAN train.py FLAG...
 
-WHAT: `gradient`: what goes back into the network; `loss`: the network's output, and with it the loss; `input`: the
-images, and with them BN's statistics; `sum`: the loss alone, whose gradients stay finite. STEPS, counted from 1, with
-commas; 3/1: step 3 in rank 1 alone; 3!: in step 3 a SIGTERM comes.
+A plan is "WHAT inf|nan STEPS", several of them with semicolons. WHAT: `gradient`: what goes back into the network;
+`loss`: the network's output, and with it the loss; `input`: the images, and with them BN's statistics; `sum`: the loss
+alone, whose gradients stay finite. STEPS, counted from 1, with commas; 3/1: step 3 in rank 1 alone; 3!: in step 3 a
+SIGTERM comes.
 """
+import contextlib
 import os
-import runpy
 import signal
 import sys
-
-import torch
-
-import fcn8s
-import trainer
-
-what, value, steps, *command = sys.argv[1:]
-value, steps, rank = float(value), steps.split(","), os.environ.get("RANK", "0")
-forward = fcn8s.FCN8s.forward
-done = 0
+from unittest import mock
 
 
-def spoiled(self, images, size=None):
-    global done
-    done += self.training
-    if self.training and f"{done}!" in steps:
-        os.kill(os.getpid(), signal.SIGTERM)
-    if not self.training or not {str(done), f"{done}!", f"{done}/{rank}"} & {*steps}:
-        return forward(self, images, size)
-    outputs = forward(self, images * value if what == "input" else images, size)
-    if what == "loss":
-        return {name: output * value for name, output in outputs.items()}
-    if what == "gradient":
-        outputs["out"].register_hook(lambda gradient: torch.full_like(gradient, value))
-    return outputs
+@contextlib.contextmanager
+def spoiled(plan):
+    """A context for the trainings of this process, in which the steps of the plan go wrong. An empty one does nothing.
+    The steps are counted from its beginning."""
+    with contextlib.ExitStack() as stack:
+        for part in filter(None, plan.split(";")):
+            stack.enter_context(spoiled_part(*part.split()))
+        yield
 
 
-def spoiled_sum(outputs, labels, class_weights=None, losses_of=trainer.losses_of):
-    return losses_of(outputs, labels, class_weights) + (value if str(done) in steps else 0)
+@contextlib.contextmanager
+def spoiled_part(what, value, steps):
+    import torch
+
+    import fcn8s
+    import train
+
+    forward, losses_of = fcn8s.FCN8s.forward, train.losses_of
+    value, steps, rank, done = float(value), steps.split(","), os.environ.get("RANK", "0"), 0
+
+    def spoiled_forward(self, images, size=None):
+        nonlocal done
+        done += self.training
+        if self.training and f"{done}!" in steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if not self.training or not {str(done), f"{done}!", f"{done}/{rank}"} & {*steps}:
+            return forward(self, images, size)
+        outputs = forward(self, images * value if what == "input" else images, size)
+        if what == "loss":
+            return {name: output * value for name, output in outputs.items()}
+        if what == "gradient":
+            outputs["out"].register_hook(lambda gradient: torch.full_like(gradient, value))
+        return outputs
+
+    def spoiled_losses(outputs, labels, class_weights=None):
+        return losses_of(outputs, labels, class_weights) + (value if what == "sum" and str(done) in steps else 0)
+
+    with mock.patch.object(fcn8s.FCN8s, "forward", spoiled_forward), \
+            mock.patch.object(train, "losses_of", spoiled_losses):
+        yield
 
 
-if what == "sum":
-    trainer.losses_of = spoiled_sum
-fcn8s.FCN8s.forward = spoiled
-sys.argv = command
-runpy.run_path(command[0], run_name="__main__")
+if __name__ == "__main__":
+    _, given_plan, *sys.argv = sys.argv  # before cli looks at it
+    import cli
+    with spoiled(given_plan):
+        import train
+        cli.run(train.main, train.parse_args)

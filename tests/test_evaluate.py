@@ -10,10 +10,12 @@ from conftest import ROOT, error_line, run, train, untrained_checkpoint
 from PIL import Image
 
 import inference
-from augment import prepare
+from data import one_size_batches, val_batches
+from device import Ranks
 from fcn8s import FCN8s
 from inference import Predictor, Protocol
-from scores import confusion_matrix, format_table, scores_of
+from metrics import confusion_matrix, format_table, scores_of
+from transforms import prepare
 from voc import CLASSES, IGNORE, VOC
 
 
@@ -63,16 +65,16 @@ def test_strips_give_what_resizing_at_once_gives(size, monkeypatch):
     assert (strips == whole).float().mean() >= 0.999  # ties aside
 
 
-def test_batches_hold_images_of_one_shape_and_each_image_once():
+def test_batches_hold_images_of_one_size_and_each_image_once():
     sizes = [(375, 500), (500, 375), (375, 500), (333, 500), (375, 500)]
-    batches = inference.one_shape_batches(sizes, 2)
+    batches = one_size_batches(sizes, 2)
     assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4]
     assert all(len({sizes[i] for i in batch}) == 1 and len(batch) <= 2 for batch in batches)
 
 
 def test_large_images_of_their_own_size_run_fewer_together():
-    assert [len(batch) for batch in inference.one_shape_batches([(10, 20)] * 5, 8, pixels=450)] == [2, 2, 1]
-    assert [len(batch) for batch in inference.one_shape_batches([(10, 20)] * 3, 2, pixels=100)] == [1, 1, 1]
+    assert [len(batch) for batch in one_size_batches([(10, 20)] * 5, 8, pixels=450)] == [2, 2, 1]
+    assert [len(batch) for batch in one_size_batches([(10, 20)] * 3, 2, pixels=100)] == [1, 1, 1]
 
 
 def test_batch_size_and_workers_do_not_change_the_confusion_matrix(drawn_voc):
@@ -80,8 +82,11 @@ def test_batch_size_and_workers_do_not_change_the_confusion_matrix(drawn_voc):
     model, data = FCN8s(21, "tiny"), VOC(drawn_voc, "train")
     torch.nn.init.normal_(model.decode_head.score_fr.weight)
     sizes = data.check(21)
-    one, three = (inference.evaluate(model, data, sizes, Protocol((64, 32), batch_size=batch), torch.device("cpu"),
-                                     workers) for batch, workers in ((1, 0), (3, 2)))
+    found, alone = [], Ranks(torch.device("cpu"))
+    for batch_size, workers in ((1, 0), (3, 2)):
+        protocol = Protocol((64, 32), batch_size=batch_size)
+        found.append(inference.evaluate(model, val_batches(data, sizes, protocol, workers, alone), protocol, alone))
+    one, three = found
     assert one.sum() == sum((data[i][1] != IGNORE).sum() for i in range(len(data)))
     assert np.abs(one - three).sum() <= 1e-3 * one.sum()
     assert model.training

@@ -1,16 +1,16 @@
 """Whatever is raised in a run, its cause is shown and every process of it ends."""
-import multiprocessing
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
     ROOT,
+    environment,
     error_line,
     finish,
     free_port,
@@ -22,9 +22,8 @@ from conftest import (
     wait_for_iteration,
 )
 
-import loader
-from errors import RunError
-from processes import StopSignal
+import cli
+import device
 
 LONG = ("--max_iters", 10_000, "--eval_interval", 10)
 FAULTY = str(ROOT / "tests/faulty")
@@ -44,9 +43,8 @@ def cause(kind, rank, data, fault):
 
 
 @pytest.mark.parametrize("kind, workers, ranks", [
-    *((kind, workers, 1) for kind in ("train", "val", "vanished", "bug", "kill") for workers in (0, 1, 4)
-      if (kind, workers) != ("kill", 0)),  # that would be the process itself
-    ("train", 4, 2), ("val", 0, 2), ("vanished", 1, 2), ("bug", 0, 2), ("kill", 1, 2)])
+    ("train", 0, 1), ("train", 4, 1), ("val", 4, 1), ("vanished", 4, 1), ("bug", 0, 1), ("bug", 4, 1), ("kill", 4, 1),
+    ("train", 4, 2), ("vanished", 1, 2), ("bug", 0, 2), ("kill", 1, 2)])
 def test_an_error_is_shown_and_no_process_is_left(kind, workers, ranks, own_drawn_voc, tmp_path):
     """Of two ranks one raises while the other waits for its gradients. A SIGTERM finds nobody who would ignore it."""
     fault = tmp_path / "fault"
@@ -61,52 +59,72 @@ def test_an_error_is_shown_and_no_process_is_left(kind, workers, ranks, own_draw
     assert not left_of(process, tmp_path / "run")
 
 
-@pytest.mark.parametrize("error", (EOFError(), ConnectionResetError(), RuntimeError("unable to open shared memory")))
-def test_a_worker_that_was_killed_is_told_by_whatever_fails_first(error, monkeypatch):
-    """As taking over its batch does, before the system says that it is dead."""
-    worker = multiprocessing.get_context("fork").Process(target=signal.pause)
-    worker.start()
-    monkeypatch.setattr(loader, "STARTED", [worker])
-    os.kill(worker.pid, signal.SIGKILL)
-    if isinstance(error, RuntimeError):
-        worker.join()
-    with pytest.raises(RunError, match="a process that loads images died"):
-        loader.raise_if_worker_died(error)
+@pytest.mark.parametrize("error", (EOFError(), ConnectionResetError(), RuntimeError(
+    "DataLoader worker (pid 7) is killed by signal: Killed.")))
+def test_a_worker_that_was_killed_is_one_line_whichever_error_comes_first(error):
+    message = cli.message_of(error)
+    assert "a process that loads images died" in message and "lower --workers" in message and "\n" not in message
 
 
-def test_a_refused_run_is_no_more_accepted_when_it_is_restarted(drawn_voc, tmp_path):
-    train(drawn_voc, tmp_path / "run", "--max_iters", 1)
-    before = (tmp_path / "run/metrics.jsonl").read_text()
-    output = finish(start(drawn_voc, tmp_path / "run", "--device_list", 0, "--max_restarts", 1), 1)
-    assert "holds a run already" in output and (tmp_path / "run/metrics.jsonl").read_text() == before
-
-
-@pytest.mark.parametrize("flags, number", [
-    (("--workers", 0), signal.SIGTERM), (("--workers", 0), signal.SIGINT), ((), signal.SIGTERM), ((), signal.SIGINT),
-    (("--device_list", "0,1"), signal.SIGTERM)])
-def test_a_stop_is_heard_while_the_loader_blocks(flags, number, drawn_voc, tmp_path):
-    """As it does on a folder whose server does not answer. Of two ranks, both are asked."""
+def test_a_second_interrupt_ends_a_run_whose_loader_blocks(drawn_voc, tmp_path):
+    """As it does on a folder whose server does not answer. The first asks the run to stop after the iteration."""
     fault = tmp_path / "fault"
-    process = start(drawn_voc, tmp_path / "run", *LONG[:2], "--eval_interval", 10_000, *flags,
+    process = start(drawn_voc, tmp_path / "run", *LONG[:2], "--eval_interval", 10_000, "--checkpoint_interval", 2,
                     env={"PYTHONPATH": FAULTY, "FAULT": str(fault)})
     wait_for_iteration(process, tmp_path / "run", 2)
     fault.write_text("block 0")
     while fault.exists() and process.poll() is None:
         os.sched_yield()
-    process.send_signal(number)
-    output = finish(process, 128 + number)
-    assert f"stopped by {number.name} at iteration" in output and "which is saved" in output.splitlines()[-1]
+    for _ in range(2):
+        while process.poll() is None and signal.SIGINT in pending(process.pid):
+            os.sched_yield()
+        process.send_signal(signal.SIGINT)
+    finish(process, 128 + signal.SIGINT)
     assert not left_of(process, tmp_path / "run")
     assert (tmp_path / "run/ckpt/latest.pth").is_file()
 
 
+def pending(pid):
+    """The signals that a process has not got yet."""
+    with open(f"/proc/{pid}/status") as status:
+        masks = dict(line.rstrip().split(":\t") for line in status if line.startswith(("SigPnd", "ShdPnd")))
+    bits = int(masks["SigPnd"], 16) | int(masks["ShdPnd"], 16)
+    return {number for number in signal.Signals if bits >> (number - 1) & 1}
+
+
+def test_a_stop_that_takes_too_long_is_ended_by_an_alarm():
+    with device.Stop(device.Ranks(torch.device("cpu"))) as stop:
+        stop.deferred = True
+        assert stop.agreed(1) == 0
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # Slurm sends it to the ranks and to their launcher
+        assert stop.agreed(2) == signal.SIGTERM
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= device.SAVING_TIME
+        with pytest.raises(SystemExit) as ended, stop.at_once():
+            pytest.fail("a stop that was asked for before must end the run at once")
+        assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.parametrize("ignored, statuses", ((False, [128 + signal.SIGHUP]), (True, [])))
+def test_a_hangup_is_a_stop_unless_nohup_ignores_it(ignored, statuses):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    ended = []
+    with device.Stop(device.Ranks(torch.device("cpu"))):
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        except SystemExit as ending:
+            ended.append(ending.code)
+    signal.signal(signal.SIGHUP, before)
+    assert ended == statuses
+
+
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
 def test_a_rank_that_waits_for_the_others_ends_on_a_signal(number, drawn_voc, tmp_path):
-    """They never come. launch.py's folder of notes is there."""
+    """They never come."""
     port = free_port()
     process = start(drawn_voc, tmp_path / "run", env={
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "FCN8S_NOTES": str(tmp_path)})
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     with socket.socket() as there:
         while process.poll() is None and there.connect_ex(("127.0.0.1", port)):
             os.sched_yield()
@@ -114,46 +132,26 @@ def test_a_rank_that_waits_for_the_others_ends_on_a_signal(number, drawn_voc, tm
     finish(process, -number)
 
 
-def test_only_a_wait_after_a_signal_is_limited():
-    """Of several ranks: a batch that comes in time ends the limit, and the next wait has one of its own."""
-    def left():
-        return signal.getitimer(signal.ITIMER_REAL)[0]
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
-    try:
-        stop = StopSignal(SimpleNamespace(count=2, stopping=False), torch.device("cpu"))
-        batches = (signal.raise_signal(number) or left() if number else left() for number in (0, signal.SIGTERM, 0))
-        limits = []
-        for _ in range(3):
-            limits.append(stop.wait_for(batches))
-            assert left() == 0
-        assert [limit > 0 for limit in limits] == [False, True, True] and stop.number == signal.SIGTERM
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def test_shared_memory_that_runs_out_is_one_line(drawn_voc, tmp_path):
+def test_shared_memory_that_runs_out_is_one_line(drawn_voc, tmp_path, monkeypatch):
     """As in a container, whose default is 64 MiB. The queue's thread would lose the batch, and the run would wait."""
-    (tmp_path / "full.py").write_text(FULL)
-    flags = train_flags(drawn_voc, tmp_path / "run")
-    assert "no shared memory is left for batches (No space left on device)" in error_line(
-        tmp_path / "full.py", ROOT / "train.py", *flags)
-
-
-FULL = """
-import os, runpy, sys, torch
-
-def share_memory_(tensor, main=os.getpid(), share=torch.Tensor.share_memory_):
-    if os.getpid() != main:
+    def share_memory_(tensor):
         raise RuntimeError("No space left on device")
-    return share(tensor)
 
-torch.Tensor.share_memory_ = share_memory_
-sys.argv.pop(0)
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share_memory_)
+    assert "no shared memory is left for batches (No space left on device)" in error_line(
+        ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"))
+
+
+def test_a_refused_run_is_refused_in_every_attempt(drawn_voc, tmp_path):
+    """By torchrun, which restarts it: the second attempt must not take over the run in the folder."""
+    train(drawn_voc, tmp_path / "run", "--max_iters", 1)
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    done = run("-m", "torch.distributed.run", "--standalone", "--max_restarts", 1, ROOT / "train.py",
+               *train_flags(drawn_voc, tmp_path / "run"), status=1)
+    assert done.stderr.count("holds a run already") == 2 and (tmp_path / "run/metrics.jsonl").read_text() == before
+    line = error_line(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), "--max_restarts", 1,
+                      "--device_list", 0, status=2)
+    assert "--max_restarts needs --resume auto" in line
 
 
 SWALLOWS = """
@@ -179,7 +177,7 @@ exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), {"__name__": "__mai
 def test_an_interrupt_while_pytorch_is_imported_starts_no_run(drawn_voc, tmp_path):
     (tmp_path / "swallows.py").write_text(SWALLOWS)
     run(tmp_path / "swallows.py", ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), "--device_list", "0,1",
-        status=-signal.SIGINT, real=True)
+        status=-signal.SIGINT)
     assert not (tmp_path / "run").exists()
 
 
@@ -190,6 +188,16 @@ def test_a_command_whose_outputs_are_closed_has_its_status(tmp_path):
             for closed in (">&- 2>&-", ">&-")]
     assert [process.returncode for process in done] == [1, 1] and done[0].stderr == ""
     assert done[1].stderr == "evaluate.py: error: absent: there is no such checkpoint file\n"
+
+
+@pytest.mark.parametrize("output, reason", (("| head -1", "Broken pipe"), ("> /dev/full", "No space left on device")))
+def test_a_run_whose_output_nobody_reads_goes_on_and_its_log_has_all(output, reason, drawn_voc, tmp_path):
+    flags = shlex.join(map(str, train_flags(drawn_voc, tmp_path / "run")))
+    done = subprocess.run(["bash", "-c", f'set -o pipefail; "{sys.executable}" "{ROOT}/train.py" {flags} {output}'],
+                          capture_output=True, text=True, env=environment())
+    log = (tmp_path / "run/train_0.log").read_text()
+    assert done.returncode == 0 and done.stderr == "" and (tmp_path / "run/result.json").is_file()
+    assert log.count(f"note: the output cannot be written to ({reason})") == 1 and "\nnext, to see" in log
 
 
 ENDS_LATE = """
@@ -207,8 +215,7 @@ def fail_the_operation():  # whose tensor gloo's thread then drops, for which it
 
 atexit.register(fail_the_operation)  # before PyTorch's, so that it comes last
 import torch, torch.distributed
-from cli import run
-from errors import RunError
+from cli import UserError, run
 
 reader, writer = os.pipe()
 other = os.fork()
@@ -221,15 +228,15 @@ if other == 0:
 os.close(reader)
 kept = AtTheEnd()
 
-def main():
+def main(args):
     torch.distributed.all_reduce(torch.zeros(2), async_op=True)
-    raise RunError("a fault")
+    raise UserError("a fault")
 
-run(main, "command")
+run(main, lambda: None)
 """
 
 
 def test_a_thread_that_drops_a_tensor_late_aborts_no_process(tmp_path):
     """Python ends a thread that takes the GIL in its finalization, which inside PyTorch's code is an abort."""
     (tmp_path / "ends_late.py").write_text(ENDS_LATE)
-    assert error_line(tmp_path / "ends_late.py", free_port(), real=True) == "command: error: a fault"
+    assert error_line(tmp_path / "ends_late.py", free_port()) == "ends_late.py: error: a fault"

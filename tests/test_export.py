@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import ROOT, error_line, run, untrained_checkpoint
 
-from augment import prepare
 from fcn8s import FCN8s
+from transforms import prepare
 
 EXPORT = ROOT / "export.py"
 ANIMALS = ("ground", "猫", "sheep dog", "owl")

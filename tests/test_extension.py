@@ -1,16 +1,25 @@
-"""What the docstrings promise: a schedule is one function, a backbone a class and a line, a data set a class."""
+"""What the docstrings promise: a schedule is one function, a backbone a class and a row, a data set one class."""
 import pytest
-from conftest import ROOT, metrics, run, state, train_flags
-
-SCHEDULE = """
-import trainer
-trainer.learning_rate = lambda iteration, recipe: recipe.lr / (1 + iteration)
-"""
-BACKBONE = """
+import torch
+from conftest import ROOT, error_line, metrics, run, state, train
 from torch import nn
-import backbones
+from torch.utils.data import Dataset
+
+import data
+import fcn8s
+import train as train_module
+from fcn8s import FCN8s
+
+
+def test_another_schedule_trains(monkeypatch, drawn_voc, tmp_path):
+    monkeypatch.setattr(train_module, "draw", lambda *args: None)
+    monkeypatch.setattr(train_module, "learning_rate", lambda iteration, args: args.lr / (1 + iteration))
+    train(drawn_voc, tmp_path / "run")
+    assert [line["lr"] for line in metrics(tmp_path / "run") if "lr" in line] == [0.01 / n for n in (1, 2, 3, 4)]
+
 
 class Flat(nn.Module):
+    """Step one to another backbone: a class with the channels and strides of three maps."""
     channels, strides = (8, 8, 16), (8, 8, 8)
 
     def __init__(self):
@@ -21,14 +30,47 @@ class Flat(nn.Module):
         maps = self.first(images)
         return maps, maps, self.second(maps)
 
-backbones.BACKBONES["flat"] = backbones.Backbone("changed.Flat")
-"""
-DATA_SET = """
-import numpy as np, torch
-from torch.utils.data import Dataset
-import data
+
+@pytest.mark.parametrize("strides, heads", (((8, 8, 8), ("ConvHead", "ConvHead")),
+                                            ((8, 16, 32), ("SkipHead", "NoneType"))))
+def test_the_strides_of_a_backbone_choose_its_heads(monkeypatch, strides, heads):
+    class Network(Flat):
+        def forward(self, images):
+            sizes = ((strides[0], 8), (strides[1], 8), (strides[2], 16))
+            return [images.new_zeros(len(images), channels, *(-(-side // stride) for side in images.shape[-2:]))
+                    for stride, channels in sizes]
+
+    Network.strides = strides
+    monkeypatch.setitem(fcn8s.BACKBONES, "network", fcn8s.Backbone(Network))
+    model = FCN8s(5, "network")
+    assert (type(model.decode_head).__name__, type(model.auxiliary_head).__name__) == heads
+    assert {name: tuple(output.shape) for name, output in model(torch.zeros(1, 3, 40, 50)).items()} == {
+        name: (1, 5, 40, 50) for name in ("out", "aux")[:2 if model.auxiliary_head else 1]}
+
+
+def test_another_backbone_trains_and_is_scored(monkeypatch, drawn_voc, tmp_path):
+    """Step two is its row: every command knows it by that name, and takes its learning rate."""
+    flags = ("--backbone", "flat", "--max_iters", 2)
+    monkeypatch.setattr(train_module, "draw", lambda *args: None)
+    assert "flat" in error_line(ROOT / "train.py", "--data_path", drawn_voc, *flags, status=2)
+    monkeypatch.setitem(fcn8s.BACKBONES, "flat", fcn8s.Backbone(Flat, lr=3e-3))
+    assert "flat" in run(ROOT / "train.py", "--help").stdout
+    assert "--pretrained none" in error_line(  # it has no ImageNet weights
+        ROOT / "train.py", "--data_path", drawn_voc, *flags, "--device", "cpu", "--work_dir", tmp_path / "run")
+    output = train(drawn_voc, tmp_path / "run", *flags).stdout
+    assert "\nnetwork: flat, " in output and metrics(tmp_path / "run")[0]["lr"] == pytest.approx(3e-3)
+    best = tmp_path / "run/ckpt/best.pth"
+    assert state(best)["meta"]["backbone"] == "flat"
+    assert "flat from" in run(ROOT / "evaluate.py", best, "--data_path", drawn_voc, "--device", "cpu").stdout
+    train(drawn_voc, tmp_path / "run", *flags, "--max_iters", 3, "--resume", "auto")
+    run(ROOT / "predict.py", best, next((drawn_voc / "JPEGImages").iterdir()), "--device", "cpu", "--save_dir",
+        tmp_path / "pictures")
+    assert list((tmp_path / "pictures").rglob("*.png"))
+
 
 class Squares(Dataset):
+    """Another data set: its class is all there is. Each image has a square of class 1."""
+
     def __init__(self, root, split, ids=None):
         self.split, self.ids = split, [f"{split} {number}" for number in range(3)]
 
@@ -50,39 +92,13 @@ class Squares(Dataset):
     def files(self):
         return []
 
-data.DATA_SET = Squares
-"""
 
-
-@pytest.fixture
-def changed(tmp_path):
-    """Runs a command of the project after a change to its modules."""
-    def start(change, script, *flags):
-        (tmp_path / "changed.py").write_text(change)
-        (tmp_path / "start.py").write_text("import runpy, sys\nimport changed\nsys.argv.pop(0)\n"
-                                           "runpy.run_path(sys.argv[0], run_name='__main__')\n")
-        return run(tmp_path / "start.py", ROOT / script, *flags).stdout
-    return start
-
-
-def test_another_schedule_trains(changed, drawn_voc, tmp_path):
-    changed(SCHEDULE, "train.py", *train_flags(drawn_voc, tmp_path / "run"))
-    assert [line["lr"] for line in metrics(tmp_path / "run") if "lr" in line] == [0.01 / n for n in (1, 2, 3, 4)]
-
-
-def test_another_backbone_trains_and_is_scored(changed, drawn_voc, tmp_path):
-    changed(BACKBONE, "train.py", *train_flags(drawn_voc, tmp_path / "run"), "--backbone", "flat")
-    best = tmp_path / "run/ckpt/best.pth"
-    assert state(best)["meta"]["backbone"] == "flat"
-    assert "flat from" in changed(BACKBONE, "evaluate.py", best, "--data_path", drawn_voc, "--device", "cpu")
-
-
-def test_another_data_set_trains_and_is_scored(changed, tmp_path):
+def test_another_data_set_trains_and_is_scored(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "DATA_SET", Squares)
     (tmp_path / "names.txt").write_text("ground\nsquare\n")
-    output = changed(DATA_SET, "train.py", *train_flags("nowhere", tmp_path / "run"), "--classes",
-                     tmp_path / "names.txt")
-    assert "2 classes, 3 images of 'train', 3 of 'val'" in output
-    scored = changed(DATA_SET, "evaluate.py", tmp_path / "run/ckpt/latest.pth", "--data_path", "nowhere", "--device",
-                     "cpu", "--save_dir", tmp_path / "pictures")
+    output = train("nowhere", tmp_path / "run", "--classes", tmp_path / "names.txt").stdout
+    assert "2 classes, 3 images of 'train', 3 of 'val'" in output and "could not be drawn" not in output
+    scored = run(ROOT / "evaluate.py", tmp_path / "run/ckpt/latest.pth", "--data_path", "nowhere", "--device", "cpu",
+                 "--save_dir", tmp_path / "pictures").stdout
     assert f"mIoU {[line['mIoU'] for line in metrics(tmp_path / 'run') if 'mIoU' in line][-1]:.2f}" in scored
     assert len(list((tmp_path / "pictures/compared").glob("val *.png"))) == 3

@@ -5,9 +5,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from augment import prepare
-from backbones import BACKBONES
-from fcn8s import FCN8s, ResNet, SkipHead, bilinear_upsampling
+from fcn8s import BACKBONES, FCN8s, ResNet, SkipHead, bilinear_upsampling
+from transforms import prepare
 
 
 @pytest.fixture(scope="module")

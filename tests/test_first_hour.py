@@ -1,30 +1,35 @@
-"""What meets someone with a folder of photographs: notes on the length of a run, formats, memory, the start by name."""
+"""What meets someone with a folder of images: notes, a progress bar, formats, memory, the start by name."""
 import hashlib
 import io
 import json
 import re
 import shutil
 import sys
+from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, error_line, metrics, read, run, train, train_flags, untrained_checkpoint
+from conftest import ROOT, error_line, read, run, train, train_flags, untrained_checkpoint
 
-import advice
+import fcn8s
 import hubconf
-import speed
-from backbones import published as published_networks
-from train import from_args, parse_args
-from trainer import Intervals, Recipe
-from work_folder import WorkFolder
+from fcn8s import published as published_networks
+from work_dir import WorkDir
 
 NAMES = ["background", "cat", "dog"]
 TRAIN = ROOT / "train.py"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Two thirds of a short training are its pictures."""
+    with mock.patch("train.draw"):
+        yield
+
+
 @pytest.fixture
 def own_data(drawn_voc, tmp_path):
-    """Six photographs with labels of three classes, without lists, as a labelling tool exports them."""
+    """Six images with labels, without lists, as a labelling tool exports them."""
     folder = tmp_path / "my_data"
     for name in ("JPEGImages", "SegmentationClass"):
         (folder / name).mkdir(parents=True)
@@ -36,12 +41,6 @@ def own_data(drawn_voc, tmp_path):
     return folder
 
 
-def test_the_first_line_comes_after_the_first_iteration_with_the_time_left(drawn_voc, tmp_path):
-    output = train(drawn_voc, tmp_path / "run", "--log_interval", 2).stdout
-    assert output.index("iter 1/4 took ") < output.index("iter 2/4  lr ")
-    assert [line["iter"] for line in metrics(tmp_path / "run") if "loss" in line] == [2, 4]
-
-
 def test_on_a_terminal_a_bar_runs_under_the_log_lines(monkeypatch, tmp_path):
     """A line clears the bar, which is drawn anew below it. The log file has the line alone."""
     class Terminal(io.StringIO):
@@ -51,115 +50,86 @@ def test_on_a_terminal_a_bar_runs_under_the_log_lines(monkeypatch, tmp_path):
     terminal = Terminal()
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, terminal)
-    folder = WorkFolder(tmp_path, "0", writes=True)
-    pace = speed.Pace(folder, torch.device("cpu"), 0, 4)
-    folder.log("a line")
-    pace.bar.close()
+    with WorkDir(tmp_path, "0", writes=True) as work_dir:
+        work_dir.progress_bar(0, 4)
+        work_dir.log("a line")
     assert re.fullmatch(r"\rtraining: +0%.* 0/4 .*\r +\ra line\n\rtraining: +0%.* 0/4 .*\r +\r", terminal.getvalue())
     assert (tmp_path / "train_0.log").read_text() == "a line\n"
 
 
-@pytest.mark.parametrize("seconds, said", ((100, True), (1, False)))
-def test_a_run_of_more_than_a_day_says_what_shortens_it(monkeypatch, seconds, said):
-    lines, clock = [], iter(range(0, 10 ** 6, seconds))
-
-    class Folder:
-        writes, log = True, lines.append
-
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
-    pace = speed.Pace(Folder, torch.device("cpu"), 1000, 3000)
-    for _ in range(10):
-        pace.count()
-    assert lines[0].startswith("iter 1001/3000 took ") and len(lines) == 1 + said
-    assert not said or ("1 day, " in lines[1] and "--backbone resnet50" in lines[1])
+@pytest.mark.parametrize("flags, noted", (((), ""), (("--crop_size", 256), ""), (("--crop_size", 257), "tiny at "),
+                                          (("--backbone", "tiny_d8"), "tiny_d8 at ")))
+def test_what_is_slow_on_a_cpu_is_named_at_the_start(drawn_voc, tmp_path, flags, noted):
+    """With flags that end in minutes; before the first iteration."""
+    start = train(drawn_voc, tmp_path / "run", *flags, "--max_iters", 1, "--workers", 0).stdout.split("\niter 1/1")[0]
+    notes = re.findall("^note: (.*)", start, re.MULTILINE)
+    assert len(notes) == bool(noted)
+    assert not noted or notes[0].startswith(noted) and "slow on a CPU" in notes[0] and "--backbone resnet50" in notes[0]
 
 
-@pytest.mark.parametrize("device, changes, intervals, images, words", (
-    ("cpu", {}, (50, 1000, 1000, 10_000), 10_000, ["resnet50_d8 at --crop_size 512 is slow on a CPU"]),
-    ("cpu", {"backbone": "resnet50", "crop_size": 256}, (50, 1000, 1000, 10_000), 10_000, []),
-    ("cuda", {}, (50, 1000, 1000, 10_000), 16, ["10,000 epochs of 16 images"]),
-    ("cuda", {}, (50, 1000, 1000, 800), 10_000, ["no evaluation (--eval_interval 1000), no checkpoint"]),
-    ("cuda", {}, (50, 100, 100, 800), 10_000, [])))
-def test_what_does_not_fit_the_run_is_named_at_its_start(device, changes, intervals, images, words):
-    recipe = from_args(Recipe, parse_args(["--data_path", "d"] + [
-        text for flag, value in changes.items() for text in (f"--{flag}", str(value))]))
-    notes = advice.at_start(recipe, Intervals(*intervals), torch.device(device), images, performance=False)
-    assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes, strict=True))
+def out_of_memory(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-def test_notes_come_with_the_first_lines(drawn_voc, tmp_path):
-    output = train(drawn_voc, tmp_path / "run", "--eval_interval", 2).stdout
-    assert "note: no checkpoint (--checkpoint_interval 1000) before the end at iteration 4" in output
-
-
-CHANGED = """
-import runpy, sys, types
-{code}
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def changed_by(code, folder):
-    """A script that runs code, then the command that is its arguments."""
-    (folder / "script.py").write_text(CHANGED.format(code=code))
-    return folder / "script.py"
-
-
-@pytest.mark.parametrize("failure", ("raise torch.OutOfMemoryError('CUDA out of memory.')",
-                                     "torch.empty(2 ** 45)"))
+@pytest.mark.parametrize("failure", (out_of_memory, lambda *args: torch.empty(2 ** 45)))
 @pytest.mark.parametrize("command, words", (
     ("train", "--batch_size 3 --accumulate 2"), ("evaluate", "lower --batch_size or --scale")))
-def test_memory_that_runs_out_is_one_line_with_the_remedy(drawn_voc, tmp_path, failure, command, words):
-    script = changed_by(f"import torch, fcn8s\ndef forward(self, images, size=None):\n    {failure}\n"
-                        "fcn8s.FCN8s.forward = forward", tmp_path)
+def test_memory_that_runs_out_is_one_line_with_a_hint(monkeypatch, drawn_voc, tmp_path, failure, command, words):
     flags = (TRAIN, *train_flags(drawn_voc, tmp_path / "run"), "--batch_size", 6)
     if command == "evaluate":
         checkpoint = untrained_checkpoint(tmp_path / "a.pth", [f"class {number}" for number in range(21)])
         flags = (ROOT / "evaluate.py", checkpoint, "--device", "cpu", "--data_path", drawn_voc)
-    line = error_line(script, *flags)
+    monkeypatch.setattr(fcn8s.FCN8s, "forward", failure)
+    line = error_line(*flags)
     assert line.startswith(f"{command}.py: error: memory ran out (") and words in line
 
 
 def test_errors_of_several_ranks_come_once(drawn_voc, tmp_path):
-    """Before they meet, and after."""
-    for flags in (("--amp", "--loss_scale", 2), ("--crop_size", 32, "--batch_size", 1)):
-        line = error_line(TRAIN, *train_flags(drawn_voc, tmp_path / "run"), "--device_list", "0,1", *flags)
-        assert line.startswith("train.py: error: ") and "resume" not in line
+    line = error_line(TRAIN, *train_flags(drawn_voc, tmp_path / "run"), "--device_list", "0,1", "--crop_size", 32,
+                      "--batch_size", 1)
+    assert line.startswith("train.py: error: ") and "batch normalisation" in line
 
 
 def test_what_pillow_does_not_read_is_named(own_data, tmp_path):
-    photographs = own_data / "JPEGImages"
-    (photographs / "drawn_train_0000.json").write_text("{}")  # labelme's, beside its photograph
-    (photographs / "IMG_1.HEIC").write_bytes(b"")
+    images = own_data / "JPEGImages"
+    (images / "drawn_train_0000.json").write_text("{}")  # labelme's, next to its image
+    (images / "IMG_1.HEIC").write_bytes(b"")
     output = train(own_data, tmp_path / "run").stdout
-    assert (f"note: skipped: Pillow does not know the format: {photographs / 'IMG_1.HEIC'}; "
+    assert (f"note: skipped: Pillow does not know the format: {images / 'IMG_1.HEIC'}; "
             "for HEIC: pip install pillow-heif\n") in output
-    for path in photographs.glob("*.JPG"):
+    for path in images.glob("*.JPG"):
         path.rename(path.with_suffix(".heic"))
     assert "at least 2 are needed" in (line := error_line(TRAIN, *train_flags(own_data, tmp_path / "other")))
     assert "drawn_train_0000.heic" in line and "pip install pillow-heif" in line
 
 
+READ = """
+import sys
+from pathlib import Path
+from voc import VOC
+root = Path(sys.argv[1])
+print(len(VOC(root, "all", VOC.labelled_ids(root)).check(21)), VOC.skipped(root))
+"""
+
+
 def test_heic_is_read_where_its_package_is(own_data, tmp_path):
-    script = changed_by("from PIL import Image\ndef register():\n    Image.init()\n"
-                        "    Image.register_extension('JPEG', '.heic')\n"
-                        "sys.modules['pillow_heif'] = types.SimpleNamespace(register_heif_opener=register)", tmp_path)
+    """A stand-in for the package, which reads a JPEG of that name."""
+    (tmp_path / "pillow_heif.py").write_text("from PIL import Image\ndef register_heif_opener():\n    Image.init()\n"
+                                             "    Image.register_extension('JPEG', '.heic')\n")
     next((own_data / "JPEGImages").glob("*.JPG")).rename(own_data / "JPEGImages/drawn_train_0000.HEIC")
-    output = run(script, TRAIN, *train_flags(own_data, tmp_path / "run")).stdout
-    assert "5 images of 'train', 1 of 'val'" in output and "skipped" not in output
+    assert run("-c", READ, own_data, env={"PYTHONPATH": str(tmp_path)}).stdout == "6 None\n"
 
 
-def test_a_published_network_is_a_start_by_its_name(own_data, tmp_path):
+def test_a_published_network_is_a_start_by_its_name(monkeypatch, own_data, tmp_path):
     """The small backbone has one here, at a URL of ours; for other classes its heads start afresh. The hash in its name
     is checked."""
     file = untrained_checkpoint(tmp_path / "weights.pth", NAMES)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     for name, start in ((f"tiny-{digest}.pth", "for 3 classes, of which the backbone is taken; the heads start afresh"),
                         ("tiny-00000000.pth", None)):
-        script = changed_by("from backbones import BACKBONES, Backbone\nBACKBONES['tiny'] = Backbone("
-                            f"'tiny_network.Tiny', voc='file://{shutil.copy(file, tmp_path / name)}')", tmp_path)
-        done = run(script, TRAIN, *train_flags(own_data, tmp_path / name[:-4]), "--pretrained", "tiny_voc",
+        row = fcn8s.Backbone(fcn8s.BACKBONES["tiny"].network, voc=f"file://{shutil.copy(file, tmp_path / name)}")
+        monkeypatch.setitem(fcn8s.BACKBONES, "tiny", row)
+        done = run(TRAIN, *train_flags(own_data, tmp_path / name[:-4]), "--pretrained", "tiny_voc",
                    env={"TORCH_HOME": str(tmp_path / "hub")}, status=0 if start else 1)
         if start:
             assert f"from tiny_voc: a checkpoint of train.py {start}" in done.stdout

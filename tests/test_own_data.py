@@ -1,23 +1,32 @@
-"""Data of one's own: layouts, own classes, the split by seed, what is said of what is missing."""
+"""Data of one's own: layouts, own classes, the split by seed, messages about what is missing."""
 import json
 import shlex
 import shutil
-import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment, error_line, run, state, train, train_flags
+from conftest import ROOT, error_line, run, state, train, train_flags
 from PIL import Image
 
-import pictures
+import visualize
+from cli import UserError
 from data import digest, open_training, split_by_seed
-from errors import DataError
-from palette import palette
-from scores import format_table
-from voc import IGNORE, VOC, read_classes
+from metrics import format_table
+from train import parse_args
+from voc import IGNORE, VOC, palette, read_classes
 
 EVALUATE = ROOT / "evaluate.py"
 SCRIPTS = ("ground", "猫", "собака", "owl")
+
+
+@pytest.fixture
+def no_pictures():
+    """Two thirds of a short training are its pictures."""
+    with mock.patch("train.draw"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,7 @@ def labelme_export(drawn_voc, tmp_path_factory):
     for image_id in ids:
         shutil.copy(drawn_voc / f"JPEGImages/{image_id}.jpg", folder / f"JPEGImages/my {image_id}.jpg")
         label = to_own[np.asarray(Image.open(drawn_voc / f"SegmentationClass/{image_id}.png"))]
-        pictures.save(pictures.class_picture(label, palette()), folder / f"SegmentationClassPNG/my {image_id}.png")
+        visualize.save(visualize.class_picture(label, palette()), folder / f"SegmentationClassPNG/my {image_id}.png")
         np.save(folder / f"SegmentationClass/my {image_id}.npy", label.astype(np.int32))
     (folder / "class_names.txt").write_text("_background_\ntriangle\nstar\nred disc")
     for name, part in (("train", ids[3:]), ("val", ids[:3])):
@@ -64,7 +73,9 @@ def test_a_labelme_export_trains_and_its_classes_are_everywhere(own_run, labelme
 def test_the_last_line_is_a_command_that_shows_the_predictions(own_run, labelme_export):
     work_dir, output = own_run
     command = shlex.split(output.strip().splitlines()[-1].split(": ", 1)[1])
-    subprocess.run(command, check=True, capture_output=True, env=environment())
+    script = command.index(str(EVALUATE))
+    assert shutil.which(command[0]) and Path(shutil.which(command[0])).samefile(sys.executable) and script == 1
+    run(*command[script:])
     ids = (labelme_export / "ImageSets/Segmentation/val.txt").read_text().splitlines()
     assert sorted(path.stem for path in work_dir.glob("val/compared/*.png")) == ids
     assert all(Image.open(work_dir / f"val/{image_id}.png").size ==
@@ -101,7 +112,7 @@ def test_a_file_of_class_names_that_is_none(tmp_path, content, words):
     path = tmp_path / "names.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         read_classes(path)
     path.write_bytes("\ufeff__ignore__\r\n_background_\r\n 猫 \r\n\r\n".encode())
     assert read_classes(path) == ("_background_", "猫")
@@ -136,7 +147,7 @@ def own_unlisted(unlisted, tmp_path):
     return shutil.copytree(unlisted, tmp_path / "data")
 
 
-def test_a_split_by_seed_is_said_and_kept_whatever_is_added_later(own_unlisted, tmp_path):
+def test_a_split_by_seed_is_said_and_kept_whatever_is_added_later(own_unlisted, tmp_path, no_pictures):
     """It is in the checkpoint, from which --resume and evaluate.py take it. The data folder stays as it is."""
     before, work_dir = files(own_unlisted), tmp_path / "run"
     output = train(own_unlisted, work_dir, "--checkpoint_interval", 2).stdout
@@ -163,9 +174,9 @@ def test_a_split_by_seed_is_said_and_kept_whatever_is_added_later(own_unlisted, 
         EVALUATE, work_dir / "ckpt/latest.pth", "--data_path", own_unlisted, "--split", "test", "--device", "cpu")
 
 
-def test_lists_that_a_folder_gets_later_do_not_leak(own_unlisted, tmp_path):
+def test_lists_that_a_folder_gets_later_do_not_leak(own_unlisted, tmp_path, no_pictures):
     """What the checkpoint was trained on is never scored, though the folder's val names it; a resumption says whose
-    lists it has, and how many photographs are in neither."""
+    lists it has, and how many images are in neither."""
     train(own_unlisted, tmp_path / "run", "--max_iters", 1)
     lists = state(tmp_path / "run/ckpt/latest.pth")["meta"]["lists"]
     data = VOC(own_unlisted, "val", lists["val"])
@@ -184,7 +195,7 @@ def test_lists_that_a_folder_gets_later_do_not_leak(own_unlisted, tmp_path):
     assert "Split = val\nImages = " in (tmp_path / "run/ckpt/FCN_bs1_1p_val.log").read_text()
 
 
-def test_images_without_labels_and_labels_without_images_are_named(own_unlisted, tmp_path):
+def test_images_without_labels_and_labels_without_images_are_named(own_unlisted, tmp_path, no_pictures):
     first = VOC.labelled_ids(own_unlisted)[0]
     VOC(own_unlisted, "", ids=()).label_path(first).rename(own_unlisted / "masks/orphan_mask.png")
     output = train(own_unlisted, tmp_path / "run", "--max_iters", 1).stdout
@@ -192,7 +203,8 @@ def test_images_without_labels_and_labels_without_images_are_named(own_unlisted,
             "1 labels without an image (orphan_mask); Pillow does not know the format: ") in output
 
 
-def test_a_folder_without_lists_is_told_to_make_them_for_a_checkpoint_that_has_none(own_unlisted, drawn_voc, tmp_path):
+def test_a_folder_without_lists_is_told_to_make_them_for_a_checkpoint_that_has_none(own_unlisted, drawn_voc, tmp_path,
+                                                                                    no_pictures):
     train(drawn_voc, tmp_path / "run", "--max_iters", 1)
     line = error_line(ROOT / "evaluate.py", tmp_path / "run/ckpt/best.pth", "--data_path", own_unlisted)
     assert "has no lists in ImageSets/Segmentation; write val.txt there" in line
@@ -200,7 +212,8 @@ def test_a_folder_without_lists_is_told_to_make_them_for_a_checkpoint_that_has_n
 
 def test_a_split_is_of_the_seed_and_the_fraction(unlisted):
     def split(fraction, seed):
-        data = open_training(unlisted, None, None, "val", fraction, seed)
+        flags = ["--data_path", str(unlisted), "--seed", str(seed)]
+        data = open_training(parse_args(flags + ([] if fraction is None else ["--val_fraction", str(fraction)])))
         ids = [*data.train.ids, *data.val.ids]
         assert len(set(ids)) == len(ids) == 11 and "not labelled" not in ids
         return data.val.ids
@@ -260,11 +273,10 @@ def test_class_names_of_any_script_do_not_end_a_training_under_an_ascii_locale(o
     assert "\\u732b" in done.stdout
     assert "猫" in (tmp_path / "run/train_0.log").read_text(encoding="utf-8")
     assert list(state(tmp_path / "run/ckpt/best.pth")["meta"]["classes"]) == names
-    run(EVALUATE, tmp_path / "run/ckpt/best.pth", "--data_path", own_unlisted, "--device", "cpu", env=env, real=True)
 
 
-def test_files_that_begin_with_a_dot_are_no_photographs(own_unlisted):
-    """As macOS leaves `._a.jpg` beside each file that it copies."""
+def test_files_that_begin_with_a_dot_are_no_images(own_unlisted):
+    """As macOS leaves `._a.jpg` next to each file that it copies."""
     before = VOC.labelled_ids(own_unlisted)
     for path in [*VOC(own_unlisted, "", ids=()).images.iterdir(), *(own_unlisted / "masks").glob("*")]:
         path.with_name(f"._{path.name}").write_bytes(b"resource fork")

@@ -12,14 +12,13 @@ from scipy import stats
 from test_fcn8s import shake
 from torch import nn
 
-import train
-from augment import LEFT_OUT, TrainAugmentation, distort_colours, prepare
+from amp import BatchNormGuard, Precision, fused_sgd
+from data import ScaledImages, stack_scaled
 from fcn8s import FCN8s
-from inference import Protocol, ScaledImages, class_map, predict, stack_scaled
-from precision import Precision
-from processes import Processes
-from scores import confusion_matrix, scores_of
-from trainer import Recipe, Trainer, learning_rate, losses_of
+from inference import Protocol, class_map, predict
+from metrics import confusion_matrix, scores_of
+from train import WithLosses, learning_rate, losses_of, parse_args, train_step
+from transforms import LEFT_OUT, TrainAugmentation, distort_colours, prepare
 from voc import CLASSES, IGNORE, VOC
 from weights import Checkpoint
 
@@ -123,35 +122,35 @@ def test_50_iterations_of_training(tmp_path, monkeypatch):
     """float64, at the schedule's learning rates. Before each iteration ours takes over all of the peer's state, as even
     two runs of one program drift apart."""
     without_dropout(monkeypatch)
-    recipe = train.from_args(Recipe, train.parse_args(["--data_path", "-", "--batch_size", "2", "--max_iters", "50"]))
+    args = parse_args(["--data_path", "-", "--batch_size", "2", "--max_iters", "50"])
     peer = mmseg_model("resnet50_d8").double().train()
     peers_optimizer = torch.optim.SGD(peer.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     device = torch.device("cpu")
-    trainer = Trainer(recipe, FCN8s(21, "resnet50_d8").double(), device, Precision(device), Processes(), folder=None,
-                      intervals=None, classes=CLASSES)
-    ours = dict(trainer.model.named_parameters())
+    model, precision = FCN8s(21, "resnet50_d8").double().train(), Precision(device)
+    ours = dict(model.named_parameters())
+    optimizer = fused_sgd(list(ours.values()), device, precision, args.lr, args.momentum, args.weight_decay)
+    network, bn_guard = WithLosses(model), BatchNormGuard(model)
     worst, generator = 0.0, torch.Generator().manual_seed(0)
     for iteration in range(50):
-        trainer.model.load_state_dict(peer.state_dict())
+        model.load_state_dict(peer.state_dict())
         for name, parameter in peer.named_parameters():
             if parameter in peers_optimizer.state:
                 momentum = peers_optimizer.state[parameter]["momentum_buffer"]
-                trainer.optimizer.state[ours[name]]["momentum_buffer"].copy_(momentum)
+                optimizer.state[ours[name]]["momentum_buffer"].copy_(momentum)
         images = torch.randn(2, 3, 33, 33, generator=generator, dtype=torch.float64)
         labels = torch.randint(0, 21, (2, 33, 33), generator=generator, dtype=torch.uint8)
 
         rate = 0.0099 * (1 - iteration / 50) ** 0.9 + 0.0001
-        assert learning_rate(iteration, recipe) == pytest.approx(rate, rel=1e-12)
-        for optimizer in (trainer.optimizer, peers_optimizer):
-            optimizer.zero_grad()
-            optimizer.param_groups[0]["lr"] = learning_rate(iteration, recipe)
-        trainer.precision.backward(losses_of(trainer.model(images), labels)[0], trainer.optimizer)
-        trainer.precision.step(trainer.optimizer)
+        assert learning_rate(iteration, args) == pytest.approx(rate, rel=1e-12)
+        for group in (*optimizer.param_groups, *peers_optimizer.param_groups):
+            group["lr"] = learning_rate(iteration, args)
+        train_step(network, [(images, labels)], optimizer, precision, bn_guard)
+        peers_optimizer.zero_grad()
         mmseg_loss(peer, images, labels).backward()
         peers_optimizer.step()
         theirs = peer.state_dict()
-        worst = max(worst, *(difference(value, theirs[key]) for key, value in trainer.model.state_dict().items()))
-        worst = max(worst, *(difference(trainer.optimizer.state[ours[name]]["momentum_buffer"],
+        worst = max(worst, *(difference(value, theirs[key]) for key, value in model.state_dict().items()))
+        worst = max(worst, *(difference(optimizer.state[ours[name]]["momentum_buffer"],
                                         peers_optimizer.state[parameter]["momentum_buffer"])
                              for name, parameter in peer.named_parameters()))
     print(f"\n50 iterations: {worst:.1e}")

@@ -1,13 +1,15 @@
-"""pictures.py: what is written, where the colours go, which letters are drawn, and which numbers the curves show."""
+"""visualize.py: the files, the colours and text of the pictures, the fonts, and the values of the curves."""
+import runpy
+import sys
+
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from fontTools.ttLib import TTFont
+from PIL import Image, ImageFont, ImageOps
 
-import curves
-import fonts
-import pictures
+import visualize
 
-IGNORE = pictures.IGNORE
+IGNORE = visualize.IGNORE
 NAMES = ("ground", "cat", "dog", "owl")
 MAROON = (128, 0, 0)
 
@@ -20,8 +22,8 @@ def colours():
     return table
 
 
-def photograph(height, width, seed=0):
-    """uint8 [height, width, 3], noise that has neither white nor pure colours."""
+def noise(height, width, seed=0):
+    """An image, uint8 [height, width, 3], without white and pure colours."""
     return np.random.default_rng(seed).integers(30, 220, (height, width, 3), dtype=np.uint8)
 
 
@@ -31,14 +33,14 @@ def has(pixels, colour):
 
 
 def seen(colour):
-    return tuple(np.round(np.array(colour) * pictures.OPACITIES[1] / 255 +
-                          pictures.UNDER * (1 - pictures.OPACITIES[1] / 255)).astype(int))
+    return tuple(np.round(np.array(colour) * visualize.OPACITIES[1] / 255 +
+                          visualize.UNDER * (1 - visualize.OPACITIES[1] / 255)).astype(int))
 
 
 def texts(monkeypatch):
     """The list of all texts drawn from now on."""
-    drawn, draw = [], pictures.text_line
-    monkeypatch.setattr(pictures, "text_line", lambda text, size: (drawn.append(text), draw(text, size))[1])
+    drawn, draw = [], visualize.text_line
+    monkeypatch.setattr(visualize, "text_line", lambda text, *style: (drawn.append(text), draw(text, *style))[1])
     return drawn
 
 
@@ -46,17 +48,17 @@ def texts(monkeypatch):
 
 def test_a_picture_is_saved_whole_or_not_at_all(tmp_path):
     path = tmp_path / "made/folder/a.png"
-    pictures.save(Image.new("RGB", (4, 3), (1, 2, 3)), path)
+    visualize.save(Image.new("RGB", (4, 3), (1, 2, 3)), path)
     assert np.asarray(Image.open(path)).tolist() == [[[1, 2, 3]] * 4] * 3
     before = path.read_bytes()
     with pytest.raises(OSError):
-        pictures.save(Image.new("CMYK", (4, 3)), path)  # which PNG has not
+        visualize.save(Image.new("CMYK", (4, 3)), path)  # which PNG has not
     assert path.read_bytes() == before and [entry.name for entry in path.parent.iterdir()] == ["a.png"]
 
 
 def test_a_jpeg_has_no_longer_sides_than_the_format_allows(tmp_path):
     picture = Image.new("RGB", (70_000, 2))
-    pictures.save(picture, tmp_path / "a.jpg")
+    visualize.save(picture, tmp_path / "a.jpg")
     with Image.open(tmp_path / "a.jpg") as saved:
         assert saved.format == "JPEG" and saved.size == (65_500, 1)
     assert picture.size == (70_000, 2)
@@ -64,7 +66,7 @@ def test_a_jpeg_has_no_longer_sides_than_the_format_allows(tmp_path):
 
 def test_a_class_picture_holds_the_classes_and_shows_their_colours(tmp_path):
     classes = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    pictures.save(pictures.class_picture(classes, colours()), tmp_path / "a.png")
+    visualize.save(visualize.class_picture(classes, colours()), tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as saved:
         assert saved.mode == "P" and np.array_equal(np.asarray(saved), classes)
         assert np.array_equal(np.asarray(saved.convert("RGB")), colours()[classes])
@@ -73,64 +75,64 @@ def test_a_class_picture_holds_the_classes_and_shows_their_colours(tmp_path):
 # ---- overlay
 
 def test_an_overlay_blends_the_classes_outlines_them_and_leaves_the_background():
-    image, classes = photograph(120, 400), np.zeros((120, 400), np.uint8)
+    image, classes = noise(120, 400), np.zeros((120, 400), np.uint8)
     classes[20:60, 30:80], classes[20:60, 80:130], classes[80:90, 10:40] = 1, 2, IGNORE
-    pixels = np.asarray(pictures.overlay(image, classes, NAMES, colours()))[:120, :400]
+    pixels = np.asarray(visualize.overlay(image, classes, NAMES, colours()))[:120, :400]
     assert np.array_equal(pixels[classes == 0], image[classes == 0])
     assert has(pixels[classes == IGNORE], colours()[IGNORE]).all()
     inside = np.zeros_like(classes, bool)
     inside[21:59, 31:79] = inside[21:59, 81:129] = True
-    blend = image * (1 - pictures.OPACITY) + colours()[classes] * pictures.OPACITY
+    blend = image * (1 - visualize.OPACITY) + colours()[classes] * visualize.OPACITY
     assert np.abs(pixels - blend)[inside].max() <= 1.5
-    assert has(pixels, pictures.WHITE)[(classes > 0) & (classes != IGNORE) & ~inside].all()
+    assert has(pixels, visualize.WHITE)[(classes > 0) & (classes != IGNORE) & ~inside].all()
 
 
 def test_the_not_labelled_border_of_an_object_is_its_outline():
     classes = np.zeros((60, 60), np.uint8)
     classes[10:50, 10:50], classes[14:46, 14:46] = IGNORE, 1
-    assert not pictures.outlines(classes, 1).any() and pictures.outlines(np.minimum(classes, 1), 1).any()
+    assert not visualize.outlines(classes, 1).any() and visualize.outlines(np.minimum(classes, 1), 1).any()
 
 
 def test_an_overlays_legend_shows_the_colour_that_is_seen_and_the_shares(monkeypatch):
-    image, classes, drawn = photograph(100, 300), np.zeros((100, 300), np.uint8), texts(monkeypatch)
+    image, classes, drawn = noise(100, 300), np.zeros((100, 300), np.uint8), texts(monkeypatch)
     classes[:50, :30], classes[50:, :150], classes[99, 299] = 1, 2, 3
-    below = np.asarray(pictures.overlay(image, classes, NAMES, colours()))[100:]
-    assert has(below, seen(MAROON)).sum() == (pictures.TEXT - 2) ** 2 and not has(below, MAROON).any()
+    below = np.asarray(visualize.overlay(image, classes, NAMES, colours()))[100:]
+    assert has(below, seen(MAROON)).sum() == (visualize.TEXT - 2) ** 2 and not has(below, MAROON).any()
     assert drawn == ["dog 25.0%", "cat 5.0%", "owl <0.1%", "no colour: ground 70.0%"]
 
 
 def test_an_overlay_in_which_nothing_is_found_says_so(monkeypatch):
-    drawn, image = texts(monkeypatch), photograph(50, 200)
-    picture = pictures.overlay(image, np.zeros((50, 200), np.uint8), NAMES, colours())
+    drawn, image = texts(monkeypatch), noise(50, 200)
+    picture = visualize.overlay(image, np.zeros((50, 200), np.uint8), NAMES, colours())
     assert drawn == ["nothing found"] and np.array_equal(np.asarray(picture)[:50], image)
 
 
 def test_the_strips_of_an_overlay_do_not_show(monkeypatch):
-    image, classes = photograph(90, 70), np.random.default_rng(1).integers(0, 3, (90, 70), dtype=np.uint8)
+    image, classes = noise(90, 70), np.random.default_rng(1).integers(0, 3, (90, 70), dtype=np.uint8)
     classes = np.kron(classes[::9, ::7], np.ones((9, 7), np.uint8))
-    monkeypatch.setattr(pictures, "OUTLINE_PART", 5)  # lines of three pixels
-    whole = np.asarray(pictures.overlay(image, classes, NAMES, colours()))
+    monkeypatch.setattr(visualize, "OUTLINE_PART", 5)  # lines of three pixels
+    whole = np.asarray(visualize.overlay(image, classes, NAMES, colours()))
     for rows in (1, 2, 13):
-        monkeypatch.setattr(pictures, "STRIP_PIXELS", rows * 70)
-        assert np.array_equal(np.asarray(pictures.overlay(image, classes, NAMES, colours())), whole)
+        monkeypatch.setattr(visualize, "STRIP_PIXELS", rows * 70)
+        assert np.array_equal(np.asarray(visualize.overlay(image, classes, NAMES, colours())), whole)
 
 
-def test_letters_and_outlines_grow_with_the_photograph():
-    small, large = (pictures.text_size(side, side) for side in (100, 4000))
-    assert small == pictures.TEXT and large == 4000 // pictures.TEXT_PART
+def test_text_and_outlines_grow_with_the_image():
+    small, large = (visualize.font_for(NAMES, side, side).size for side in (100, 4000))
+    assert small == visualize.TEXT and large == 4000 // visualize.TEXT_PART
     classes = np.zeros((1500, 1500), np.uint8)
     classes[500:1000, 500:1000] = 1
-    picture = pictures.overlay(np.full((1500, 1500, 3), 90, np.uint8), classes, NAMES, colours())
-    row = has(np.asarray(picture)[750], pictures.WHITE)
-    assert row.sum() == 2 * (pictures.text_size(1500, 1500) // pictures.OUTLINE_PART) == 4
+    picture = visualize.overlay(np.full((1500, 1500, 3), 90, np.uint8), classes, NAMES, colours())
+    row = has(np.asarray(picture)[750], visualize.WHITE)
+    assert row.sum() == 2 * (1500 // visualize.TEXT_PART // visualize.OUTLINE_PART) == 4
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 3000), (3000, 1), (2, 2)])
-def test_photographs_of_any_shape_are_drawn(height, width):
-    image, classes = photograph(height, width), np.ones((height, width), np.uint8)
-    assert pictures.overlay(image, classes, NAMES, colours()).height > height
-    assert pictures.comparison(image, classes, classes, NAMES, colours()).width > 4 * 80
-    assert pictures.sample_grid([(image, classes, classes)], NAMES, colours(), "title").mode == "P"
+def test_images_of_any_shape_are_drawn(height, width):
+    image, classes = noise(height, width), np.ones((height, width), np.uint8)
+    assert visualize.overlay(image, classes, NAMES, colours()).height > height
+    assert visualize.comparison(image, classes, classes, NAMES, colours()).width > 4 * 80
+    assert visualize.sample_grid([(image, classes, classes)], NAMES, colours(), "title").mode == "P"
 
 
 def test_eighty_megapixels_take_less_than_a_gigabyte_more():
@@ -143,31 +145,31 @@ def test_eighty_megapixels_take_less_than_a_gigabyte_more():
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak is measured anew
     before = memory("VmRSS")
-    pictures.overlay(image, classes, NAMES, colours())
+    visualize.overlay(image, classes, NAMES, colours())
     assert 0.2 < memory("VmHWM") - before < 1
 
 
 # ---- comparison
 
 def panels_of(picture, image):
-    """The four panels of a comparison whose panels are of the photograph's own size."""
+    """The four panels of a comparison whose panels have the image's own size."""
     pixels = np.asarray(picture)
     height, width = image.shape[:2]
     top = next(row for row in range(100) if np.array_equal(pixels[row:row + height, :width], image))
     return [pixels[top:top + height, left:left + width]
-            for left in range(0, 4 * (width + pictures.GAP) - pictures.GAP, width + pictures.GAP)]
+            for left in range(0, 4 * (width + visualize.GAP) - visualize.GAP, width + visualize.GAP)]
 
 
 def test_a_comparison_shows_exactly_the_wrong_pixels_in_one_colour(monkeypatch):
-    rng, drawn, side = np.random.default_rng(0), texts(monkeypatch), pictures.PANEL_SIDES[0]
-    image = photograph(side, side)
-    image[:9] = pictures.WRONG  # a red photograph is no error
+    rng, drawn, side = np.random.default_rng(0), texts(monkeypatch), visualize.PANEL_SIDES[0]
+    image = noise(side, side)
+    image[:9] = visualize.WRONG  # red in the image is no error
     label, prediction = (rng.choice([0, 1, 3], (side, side)).astype(np.uint8) for _ in range(2))
     label[40:80] = IGNORE
     plain, labelled, predicted, errors = panels_of(
-        pictures.comparison(image, label, prediction, NAMES, colours()), image)
+        visualize.comparison(image, label, prediction, NAMES, colours()), image)
     wrong = (label != prediction) & (label != IGNORE)
-    assert np.array_equal(has(errors, pictures.WRONG), wrong)
+    assert np.array_equal(has(errors, visualize.WRONG), wrong)
     for panel in (labelled, errors):
         assert np.array_equal(has(panel, colours()[IGNORE]), label == IGNORE)
     assert np.array_equal(labelled[label == 0], image[label == 0])
@@ -179,22 +181,22 @@ def test_a_comparison_shows_exactly_the_wrong_pixels_in_one_colour(monkeypatch):
 
 def test_a_comparison_without_any_labelled_pixel_says_so(monkeypatch):
     drawn, label = texts(monkeypatch), np.full((30, 40), IGNORE, np.uint8)
-    pixels = pictures.comparison(photograph(30, 40), label, np.ones_like(label), NAMES, colours())
+    pixels = visualize.comparison(noise(30, 40), label, np.ones_like(label), NAMES, colours())
     assert "errors: nothing is labelled" in drawn
-    assert has(pixels, pictures.WRONG).sum() == (pictures.TEXT - 2) ** 2  # the caption's square
+    assert has(pixels, visualize.WRONG).sum() == (visualize.TEXT - 2) ** 2  # the caption's square
 
 
-def test_a_comparison_of_a_large_photograph_is_small_and_of_a_small_one_legible():
-    for side, panel in ((40, pictures.PANEL_SIDES[0]), (3000, pictures.PANEL_SIDES[1])):
-        image, classes = photograph(side, side), np.ones((side, side), np.uint8)
-        picture = pictures.comparison(image, classes, classes, NAMES, colours())
-        assert picture.width == 4 * panel + 3 * pictures.GAP
+def test_a_comparison_of_a_large_image_is_small_and_of_a_small_one_legible():
+    for side, panel in ((40, visualize.PANEL_SIDES[0]), (3000, visualize.PANEL_SIDES[1])):
+        image, classes = noise(side, side), np.ones((side, side), np.uint8)
+        picture = visualize.comparison(image, classes, classes, NAMES, colours())
+        assert picture.width == 4 * panel + 3 * visualize.GAP
 
 
 # ---- grid of samples
 
 def samples(sizes):
-    """[(image, label, prediction), ...]: smooth photographs, of which the prediction has a quarter wrong."""
+    """[(image, label, prediction), ...]: of one colour; a quarter of each prediction is wrong."""
     made = []
     for height, width in sizes:
         image = np.full((height, width, 3), (60, 120, 70), np.uint8)
@@ -207,41 +209,41 @@ def samples(sizes):
     return made
 
 
-def test_a_grid_is_regular_whatever_the_photographs_aspects():
-    """Cells of one size, from the left and the top, with each photograph in the middle of its own."""
-    grid = np.asarray(pictures.sample_grid(samples([(100, 120), (400, 100), (50, 600)]), NAMES, colours(),
+def test_a_grid_is_regular_whatever_the_images_aspects():
+    """Cells have one size, from the left and the top, with each image in the middle of its own."""
+    grid = np.asarray(visualize.sample_grid(samples([(100, 120), (400, 100), (50, 600)]), NAMES, colours(),
                                            "title").convert("RGB"))
-    width, height = pictures.SAMPLE_BOX
-    step = width + pictures.GAP
-    assert grid.shape[1] == 2 * (3 * step - pictures.GAP) + 4 * pictures.GAP
-    top = 2 * pictures.TITLE + 2 * pictures.TEXT + pictures.GAP
+    width, height = visualize.SAMPLE_BOX
+    step = width + visualize.GAP
+    assert grid.shape[1] == 2 * (3 * step - visualize.GAP) + 4 * visualize.GAP
+    top = 2 * visualize.TITLE + 2 * visualize.TEXT + visualize.GAP
     for row, block, size in ((0, 0, (240, 200)), (0, 1, (50, 200)), (1, 0, (240, 20))):
         for column in range(3):
-            left = block * (3 * step + 3 * pictures.GAP) + column * step
-            upper = top + row * (height + pictures.GAP)
-            ink = Image.fromarray(~has(grid[upper:upper + height, left:left + width], pictures.WHITE))
+            left = block * (3 * step + 3 * visualize.GAP) + column * step
+            upper = top + row * (height + visualize.GAP)
+            ink = Image.fromarray(~has(grid[upper:upper + height, left:left + width], visualize.WHITE))
             x, y, right, lower = ink.getbbox()
             assert abs(right - x - size[0]) <= 1 and abs(lower - y - size[1]) <= 1
             assert abs(x + right - width) <= 1 and abs(y + lower - height) <= 1
-    assert has(grid[top + height + pictures.GAP:, 3 * step + 4 * pictures.GAP:], pictures.WHITE).all()  # no fourth
+    assert has(grid[top + height + visualize.GAP:, 3 * step + 4 * visualize.GAP:], visualize.WHITE).all()  # no fourth
 
 
 def test_a_grid_shows_the_wrong_pixels_and_those_not_labelled_in_one_colour_each():
-    """Of its few colours these stay exact, and no photograph has them."""
+    """These of its few colours stay exact, and no image has them."""
     image, label, prediction = samples([(200, 240)])[0]
-    image[:] = photograph(200, 240) // 8 * np.array([0, 1, 1], np.uint8) + np.array([218, 40, 28], np.uint8)
-    grid = pictures.sample_grid([(image, label, prediction)], NAMES, colours(), "title")
-    pixels, top = np.asarray(grid.convert("RGB")), 2 * pictures.TITLE + 2 * pictures.TEXT + pictures.GAP
+    image[:] = noise(200, 240) // 8 * np.array([0, 1, 1], np.uint8) + np.array([218, 40, 28], np.uint8)
+    grid = visualize.sample_grid([(image, label, prediction)], NAMES, colours(), "title")
+    pixels, top = np.asarray(grid.convert("RGB")), 2 * visualize.TITLE + 2 * visualize.TEXT + visualize.GAP
     cells = [pixels[top:top + 200, left:left + 240] for left in (0, 246, 492)]
-    assert np.array_equal(has(cells[2], pictures.WRONG), (label != prediction) & (label != IGNORE))
-    assert not has(cells[0], pictures.WRONG).any() and not has(cells[1], pictures.WRONG).any()
+    assert np.array_equal(has(cells[2], visualize.WRONG), (label != prediction) & (label != IGNORE))
+    assert not has(cells[0], visualize.WRONG).any() and not has(cells[1], visualize.WRONG).any()
     for cell in (cells[0], cells[2]):
         assert np.array_equal(has(cell, colours()[IGNORE]), label == IGNORE)
 
 
 def test_a_grid_has_its_title_captions_and_legend(monkeypatch):
     drawn = texts(monkeypatch)
-    pictures.sample_grid(samples([(50, 50)] * 3), NAMES, colours(), "iteration 1,000, mIoU 34.56")
+    visualize.sample_grid(samples([(50, 50)] * 3), NAMES, colours(), "iteration 1,000, mIoU 34.56")
     assert sorted(drawn) == sorted(["iteration 1,000, mIoU 34.56", "label", "prediction", "errors", "cat",
                                     "not labelled", "no colour: ground"])
 
@@ -249,11 +251,11 @@ def test_a_grid_has_its_title_captions_and_legend(monkeypatch):
 def test_the_file_of_a_grid_is_a_fraction_of_a_true_colour_one(tmp_path, monkeypatch):
     made = samples([(375, 500)] * 6)
     for number, (image, _, _) in enumerate(made):
-        small = Image.fromarray(photograph(30, 40, number))
+        small = Image.fromarray(noise(30, 40, number))
         image[:] = np.asarray(small.resize((500, 375), Image.Resampling.BICUBIC))
-    pictures.save(pictures.sample_grid(made, NAMES, colours(), "title"), tmp_path / "few.png")
-    monkeypatch.setattr(pictures, "few_colours", lambda picture, kept: picture)
-    pictures.save(pictures.sample_grid(made, NAMES, colours(), "title"), tmp_path / "all.png")
+    visualize.save(visualize.sample_grid(made, NAMES, colours(), "title"), tmp_path / "few.png")
+    monkeypatch.setattr(visualize, "few_colours", lambda picture, kept: picture)
+    visualize.save(visualize.sample_grid(made, NAMES, colours(), "title"), tmp_path / "all.png")
     few, everything = (Image.open(tmp_path / name).convert("RGB") for name in ("few.png", "all.png"))
     assert np.abs(np.asarray(few).astype(int) - np.asarray(everything)).mean() < 6  # it still looks the same
     assert (tmp_path / "few.png").stat().st_size < (tmp_path / "all.png").stat().st_size / 2
@@ -261,55 +263,102 @@ def test_the_file_of_a_grid_is_a_fraction_of_a_true_colour_one(tmp_path, monkeyp
 
 # ---- letters
 
-def ink(text):
-    """uint8 [H, W], cropped: what is drawn of a text."""
-    picture = ImageOps.invert(pictures.text_line(text, 32).convert("L"))
+def ink(text, font):
+    """What is drawn of a text: uint8 [H, W], cropped."""
+    picture = ImageOps.invert(visualize.text_line(text, font).convert("L"))
     return np.asarray(picture.crop(picture.getbbox()))
 
 
+def make_font(path, family, letters):
+    """Writes a font in which the letters look like A, B, ..."""
+    from matplotlib import get_data_path
+
+    font = TTFont(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf")
+    font["cmap"].tables = [table for table in font["cmap"].tables if table.platformID == 3 and table.format == 4]
+    font["cmap"].tables[0].cmap = {ord(letter): look for letter, look in zip(letters, "ABCDEF", strict=False)}
+    font["name"].names = []
+    font["name"].setName(family, 1, 3, 1, 0x409)
+    font.save(path)
+
+
 @pytest.fixture
-def only_dejavu(monkeypatch):
-    """A system whose one font, matplotlib's own, has no Chinese."""
-    path = next(path for path, family in fonts.installed_fonts().items() if family == "DejaVu Sans")
-    monkeypatch.setattr(fonts, "installed_fonts", lambda: {path: "DejaVu Sans"})
-    fonts.font_with.cache_clear()
-    yield path
-    fonts.font_with.cache_clear()
+def install(tmp_path, monkeypatch):
+    """A function that installs made fonts {family: letters}, next to matplotlib's own. Returns their paths."""
+    from matplotlib import font_manager
+
+    def installed(**fonts):
+        paths = {family: str(tmp_path / f"{family}.ttf") for family in fonts}
+        for family, letters in fonts.items():
+            make_font(paths[family], family, letters)
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", list(own))
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: list(paths.values()))
+        visualize.installed_fonts.cache_clear()
+        visualize.charmap.cache_clear()
+        return list(paths.values())
+
+    own = [entry for entry in font_manager.fontManager.ttflist if "mpl-data" in entry.fname]
+    yield installed
+    visualize.installed_fonts.cache_clear()
 
 
-def test_letters_that_pillow_lacks_come_from_a_font_that_has_them(only_dejavu):
-    assert fonts.font_runs("cat 5%") == [(fonts.PILLOW, "cat 5%")]
-    assert fonts.font_runs("vélo, собака") == [(only_dejavu, "vélo, собака")]
-    assert fonts.font_runs("кот 猫 cat") == [(only_dejavu, "кот"), (fonts.PILLOW, " 猫 cat")]
-    letters = [ink(letter) for letter in "собака"]
-    assert len({letter.tobytes() for letter in letters}) == 5  # of two a's, one is drawn
+def font_path(names):
+    return visualize.font_for(names, 100, 100).path
 
 
-def test_the_user_hears_which_letters_no_font_has_and_what_brings_one(only_dejavu):
-    assert fonts.missing_font(["cat", "vélo", "собака"]) is None
-    line = fonts.missing_font(["ground", "猫", "ひ 한"])
-    assert "\n" not in line and all(letter in line for letter in "猫ひ한") and line.endswith(" fonts-noto-cjk")
-    assert fonts.missing_font(["\U00013000"]).endswith(" fonts-noto")
-    assert fonts.missing_font(["猫\U00013000"]).endswith(" fonts-noto fonts-noto-cjk")
-    many = fonts.missing_font(["".join(map(chr, range(0x4E00, 0x4F00)))])
-    assert len(many) < 200 and "..." in many
+def test_all_names_are_drawn_in_the_font_with_the_most_of_their_letters(install):
+    partial, complete = install(Sans="猫", Serif="猫狗")
+    assert font_path(["ground", "猫"]) == partial and font_path(["ground", "猫", "狗"]) == complete
+    assert font_path(["猫", "狗", "鳥"]) == complete
+    assert "DejaVuSans.ttf" in font_path(["vélo", "собака"])
+    font = visualize.font_for(["猫", "狗", "鳥"], 1000, 1000)
+    assert len({ink(letter, font).tobytes() for letter in "猫狗鳥"}) == 3
 
 
-def test_ascii_names_do_not_load_matplotlib(monkeypatch):
-    fonts.font_with.cache_clear()
-    monkeypatch.setattr(fonts, "installed_fonts", lambda: pytest.fail("asked for fonts"))
-    assert fonts.missing_font(NAMES) is None and ink("cat").any()
+def test_ascii_texts_have_pillows_own_font_even_if_that_of_the_names_has_no_ascii(install):
+    install(Sans="猫")
+    own, other = ImageFont.load_default(32), visualize.font_for(["猫"], 1024, 1024)
+    assert own.size == other.size and np.array_equal(ink("cat 5%", own), ink("cat 5%", other))
+    assert visualize.missing_font(["猫", "cat"]) is None
 
 
-def test_curves_use_the_same_fonts_as_the_pictures(monkeypatch, only_dejavu):
-    import matplotlib
-    from matplotlib.figure import Figure
-    families, mosaic = [], Figure.subplot_mosaic
-    monkeypatch.setattr(curves, "installed_fonts", lambda: {only_dejavu: "Own Family"})
-    monkeypatch.setattr(Figure, "subplot_mosaic", lambda *args, **kwargs: (
-        families.extend(matplotlib.rcParams["font.family"]), mosaic(*args, **kwargs))[1])
-    curves.draw([], ("ground", "собака"))
-    assert families == ["DejaVu Sans", "Own Family"]
+def test_a_note_lists_the_letters_that_no_font_has_and_packages(install):
+    install()
+    assert visualize.missing_font(["cat", "vélo", "собака"]) is None
+    line = visualize.missing_font(["ground", "猫", "ひ 한"])
+    assert "\n" not in line and "boxes for ひ 猫 한;" in line
+    assert "apt-get install fonts-noto-cjk" in line and "fonts-noto (other" in line
+    many = visualize.missing_font(["".join(map(chr, range(0x4E00, 0x4F00)))])
+    assert len(many) < len(line) + 30 and "..." in many
+
+
+def test_a_note_lists_the_letters_that_the_font_of_the_names_lacks(install):
+    install(Sans="猫狗", Serif="ক")
+    assert "boxes for ক;" in visualize.missing_font(["猫", "狗", "ক"])
+
+
+def test_a_font_that_was_deleted_or_is_damaged_is_not_used(install, tmp_path):
+    install(Deleted="猫", Damaged="猫")
+    (tmp_path / "Damaged.ttf").write_bytes(b"no font")
+    visualize.installed_fonts()
+    (tmp_path / "Deleted.ttf").unlink()
+    visualize.charmap.cache_clear()
+    assert visualize.missing_font(["猫"])
+
+
+def test_ascii_names_need_no_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # an import raises
+    own = runpy.run_path(visualize.__file__)
+    assert own["missing_font"](NAMES) is None
+    assert own["overlay"](noise(20, 30), np.ones((20, 30), np.uint8), NAMES, colours()).height > 20
+
+
+def test_curves_fall_back_to_the_font_of_the_names(install):
+    def drawn(name):
+        metrics = [evaluation(i, 50.0, {"cat": 40.0, name: 60.0}) for i in (1, 2)]
+        return visualize.draw_curves(metrics, ("cat", name)).tobytes()
+
+    install(Second="猫狗")
+    assert drawn("猫") == drawn("A") and drawn("狗") == drawn("B") != drawn("鳥")
 
 
 # ---- curves
@@ -320,7 +369,7 @@ def drawn_axes(monkeypatch, metrics, names=NAMES):
     axes, mosaic = {}, Figure.subplot_mosaic
     monkeypatch.setattr(Figure, "subplot_mosaic", lambda *args, **kwargs: (
         axes.update(mosaic(*args, **kwargs)), axes)[1])
-    picture = curves.draw(metrics, names)
+    picture = visualize.draw_curves(metrics, names)
     monkeypatch.undo()
     return axes, picture
 
@@ -335,7 +384,7 @@ def test_curves_follow_the_numbers(monkeypatch):
     axes, picture = drawn_axes(monkeypatch, metrics)
     raw, mean = axes["L"].get_lines()
     assert len(raw.get_xdata()) == 599 and 7 not in raw.get_xdata() and axes["L"].get_yscale() == "log"
-    window = 600 // curves.RUNNING_PART - 1
+    window = 600 // visualize.RUNNING_PART - 1
     assert np.allclose(mean.get_ydata()[-1], np.mean([500 / i for i in range(601 - window, 601)]))
     assert mean.get_xdata()[-1] == 600 and raw.get_alpha() < 0.5 and mean.get_alpha() is None
     assert axes["M"].get_lines()[0].get_xydata().tolist() == [[200, 30], [400, 34.56], [600, 33]]
@@ -379,5 +428,5 @@ def test_of_two_hundred_classes_the_best_and_the_worst_are_shown(monkeypatch):
     [], [{"iter": 1, "lr": 0.01, "loss": 2.0}], [{"iter": 1, "lr": 0.0, "loss": None}], [evaluation(1, 0.0)],
     [{"iter": 3, "loss": float("nan")}, evaluation(3, float("nan"))]])
 def test_curves_of_next_to_nothing_are_drawn(metrics):
-    picture = curves.draw(metrics, NAMES)
+    picture = visualize.draw_curves(metrics, NAMES)
     assert picture.mode == "RGB" and picture.size == (1300, 850) and len(picture.getcolors(10 ** 6)) > 2

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, error_line, run, untrained_checkpoint
 from PIL import Image
 
-import labelling
-from errors import DataError
+import predict as command
+from cli import UserError
 from inference import Predictor
 from voc import read_image
 
@@ -159,7 +159,7 @@ def test_heic_alone_and_files_that_pillow_cannot_read_are_told_with_the_remedy(c
 
 
 def test_an_array_of_another_form_is_one_line(checkpoint):
-    with pytest.raises(DataError, match=r"an array is uint8 \[H, W, 3\], not float64 \[4, 4\]"):
+    with pytest.raises(UserError, match=r"an array is uint8 \[H, W, 3\], not float64 \[4, 4\]"):
         Predictor(checkpoint, "cpu")(np.zeros((4, 4)))
 
 
@@ -208,9 +208,9 @@ def test_no_photograph_is_ever_overwritten(checkpoint, trip, tmp_path):
 
 def test_a_photograph_is_decoded_once(checkpoint, trip, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(labelling, "read_image", lambda path: (read.append(path), read_image(path))[1])
+    monkeypatch.setattr(command, "read_image", lambda path: (read.append(path), read_image(path))[1])
     monkeypatch.setattr("inference.read_image", None)
-    assert labelling.label([trip], tmp_path / "out", True, tmp_path / "shares.csv", checkpoint, "cpu") == 0
+    predict(checkpoint, trip, "--save_dir", tmp_path / "out", "--overlay", "--csv", tmp_path / "shares.csv")
     assert sorted(read) == sorted(path for path in trip.rglob("*") if path.is_file()) and len(read) == 4
 
 

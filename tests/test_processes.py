@@ -17,10 +17,14 @@ from conftest import (
     start,
     state,
     train,
-    train_flags,
     wait_for_iteration,
 )
 from PIL import Image
+
+from data import train_batches
+from device import Ranks
+from train import parse_args
+from voc import VOC
 
 ITERATIONS = 15
 FLAGS = ("--max_iters", ITERATIONS, "--checkpoint_interval", 3, "--eval_interval", 6)
@@ -58,7 +62,7 @@ def test_a_failed_and_a_killed_rank_come_back_and_a_stopped_run_goes_on(two_rank
     work_dir, moment, fault = tmp_path / "run", random.randint(1, 4), tmp_path / "fault"
     print(f"killed after iteration {moment}")  # shown where the test fails
     fault.write_text("bug 1")
-    process = start(drawn_voc, work_dir, *FLAGS, "--device_list", "0,1", "--max_restarts", 3,
+    process = start(drawn_voc, work_dir, *FLAGS, "--device_list", "0,1", "--max_restarts", 3, "--resume", "auto",
                     env={"PYTHONPATH": str(ROOT / "tests/faulty"), "FAULT": str(fault)})
     wait_for_iteration(process, work_dir, moment)
     os.kill(random.choice(children_of(process.pid)), signal.SIGKILL)
@@ -74,27 +78,23 @@ def test_a_failed_and_a_killed_rank_come_back_and_a_stopped_run_goes_on(two_rank
     assert_same_run(work_dir, two_ranks)
 
 
-# Processes by a fork, so that PyTorch is imported once: fork(count, port, work) calls work(Processes) in each. What
-# starts threads, such as a network, comes after the fork, as threads do not survive it.
+# Ranks by a fork, so that PyTorch is imported once: fork(count, port, work) calls work(Ranks) in each. What starts
+# threads, such as a network, comes after the fork, as threads do not survive it.
 FORK = """
 import os, sys, torch
-from precision import Precision
-from processes import Processes
-
-CPU = torch.device("cpu")
+from device import join_ranks
+from train import main, parse_args
 
 
-def fork(count, port, work):
+def fork(count, port, work, args):
     children = []
     for rank in range(count):
         child = os.fork()
         if child == 0:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_PORT=str(port),
-                              MASTER_ADDR="127.0.0.1")
-            processes = Processes()
-            processes.join(CPU, 60)
-            work(processes)
-            processes.leave()
+                              MASTER_ADDR="127.0.0.1", LOCAL_WORLD_SIZE=str(count))
+            work(join_ranks(args))
+            torch.distributed.destroy_process_group() if count > 1 else None
             os._exit(0)
         children.append(child)
     assert all(os.waitpid(child, 0)[1] == 0 for child in children)
@@ -104,67 +104,28 @@ def fork(count, port, work):
 
 SCORE = FORK + """
 import numpy as np
+from data import val_batches
 from fcn8s import FCN8s
 from inference import Protocol, evaluate
 from voc import VOC
 
 data, folder, *ports = sys.argv[1:]
+args, protocol = parse_args(["--data_path", data, "--device", "cpu"]), Protocol((256, 64))
+args.timeout = 60
 
 
-def score(processes):
+def score(ranks):
     torch.manual_seed(0)
     model, voc = FCN8s(21, "tiny"), VOC(data, "val")
-    sizes = voc.check(21)
     for buffer in model.buffers():
-        buffer += processes.rank  # each has BN statistics of its own
-    confusion = evaluate(model, voc, sizes, Protocol((256, 64)), CPU, 1, processes)
-    np.save(f"{folder}/{processes.count}_{processes.rank}.npy", confusion)
+        buffer += ranks.rank  # each has BN statistics of its own
+    confusion = evaluate(model, val_batches(voc, voc.check(21), protocol, 1, ranks), protocol, ranks)
+    np.save(f"{folder}/{ranks.count}_{ranks.rank}.npy", confusion)
 
 
 for count, port in zip((1, 2, 3, 4), ports, strict=True):
-    fork(count, port, score)
+    fork(count, port, score, args)
 """
-
-STEPS = FORK + """
-import dataclasses
-import fcn8s
-from augment import TrainAugmentation, TrainStream
-from train import from_args, parse_args
-from trainer import Intervals, Recipe, Trainer
-from voc import CLASSES, VOC
-
-port, *sys.argv[1:] = sys.argv[1:]
-args = parse_args()
-recipe = from_args(Recipe, args)
-stream = TrainStream(VOC(args.data_path, "trainaug"), TrainAugmentation(args.crop_size, args.scale), args.seed)
-
-
-def network():
-    torch.manual_seed(args.seed)
-    return fcn8s.FCN8s(21, args.backbone)
-
-
-def flat(model):
-    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
-
-
-def steps(processes):
-    part = dataclasses.replace(recipe, batch_size=4 // processes.count, ranks=processes.count)
-    trainer = Trainer(part, network(), CPU, Precision(CPU), processes, None, Intervals(5, 5, 5, 5), CLASSES)
-    for batch in trainer.batches(stream, 0):
-        trainer.step([batch])
-        trainer.progress.iteration += 1
-    assert trainer.progress.iteration == 5
-    if processes.rank == 0:
-        torch.save(flat(trainer.model), f"{args.work_dir}_{processes.count}.pth")
-
-
-for count in (1, 2):
-    fork(count, port, steps)
-one, two = (torch.load(f"{args.work_dir}_{count}.pth") for count in (1, 2))
-print(*(float((one - other).abs().max()) for other in (two, flat(network()))))
-"""
-
 
 def run_script(script, folder, *arguments):
     (folder / "script.py").write_text(script)
@@ -194,17 +155,24 @@ def test_evaluate_scores_by_all_ranks(two_ranks, drawn_voc):
 def test_two_ranks_train_as_one_of_twice_the_batch(drawn_voc, tmp_path):
     """Of a network without BN, whose statistics are each rank's own."""
     flags = ("--backbone", "tiny_plain", "--max_iters", 5, "--crop_size", 32, "--scale", 128, 32)
-    difference, way = map(float, run_script(STEPS, tmp_path, free_port(), *train_flags(drawn_voc, tmp_path / "run"),
-                                            *flags).split())
-    assert difference <= 1e-5 and way > 1e-3  # parameters went so far from where they started
+    train(drawn_voc, tmp_path / "one", *flags, "--batch_size", 4)
+    train(drawn_voc, tmp_path / "two", *flags, "--batch_size", 2, "--device_list", "0,1")
+    train(drawn_voc, tmp_path / "start", *flags, "--batch_size", 4, "--max_iters", 1)
+    one, two, first = (torch.cat([value.ravel() for value in state(tmp_path / name / "ckpt/latest.pth")[
+        "state_dict"].values()]) for name in ("one", "two", "start"))
+    assert (one - two).abs().max() <= 1e-5 and (one - first).abs().max() > 1e-3  # parameters went so far
 
 
 def test_rank_slices_make_up_the_global_batches(drawn_voc):
-    from augment import BatchOrder, TrainAugmentation, TrainStream, train_batches
-    from voc import VOC
-    stream = TrainStream(VOC(drawn_voc, "trainaug"), TrainAugmentation(32, (128, 32)), seed=3)
-    whole = list(train_batches(stream, BatchOrder(0, 20, 4), 0))
-    ranks = [list(train_batches(stream, BatchOrder(0, 20, 2, rank=rank, world_size=2), 0)) for rank in (0, 1)]
+    args = parse_args(["--data_path", str(drawn_voc), "--crop_size", "32", "--scale", "128", "32", "--seed", "3",
+                       "--workers", "0"])
+    voc, cpu = VOC(drawn_voc, "trainaug"), torch.device("cpu")
+
+    def batches(batch_size, **place):
+        args.batch_size = batch_size
+        return list(train_batches(voc, args, 0, 20, Ranks(cpu, **place)))
+
+    whole, *ranks = batches(4), batches(2, rank=0, count=2), batches(2, rank=1, count=2)
     assert len(whole) == len(ranks[0]) == len(ranks[1]) == 5
     for batch, first, second in zip(whole, *ranks, strict=True):
         for key, value in batch.items():

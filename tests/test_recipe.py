@@ -4,12 +4,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, error_line, metrics, run, state, timeless, train, train_flags
+from spoiled_steps import spoiled
 
-from trainer import losses_of
+from train import losses_of
 from voc import IGNORE
 
 TRAIN = ROOT / "train.py"
 STEPS = ("--max_iters", 4, "--batch_size", 4, "--freeze_bn")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Drawing takes longer than these trainings do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.draw", lambda *arguments: None)
+        yield
 
 
 def weights(work_dir):
@@ -21,16 +30,23 @@ def assert_close(ours, theirs, tolerance):
         torch.testing.assert_close(value, weights(theirs)[key], rtol=tolerance, atol=tolerance)
 
 
+@pytest.fixture(scope="module")
+def one_batch(drawn_voc, tmp_path_factory):
+    """The folder of a run whose batches of 4 images go through the network as a whole."""
+    work_dir = tmp_path_factory.mktemp("one") / "run"
+    train(drawn_voc, work_dir, *STEPS)
+    return work_dir
+
+
 @pytest.mark.parametrize("flags", [("--batch_size", 2, "--accumulate", 2), ("--batch_size", 1, "--accumulate", 4),
                                    ("--batch_size", 1, "--accumulate", 2, "--device_list", "0,1")], ids=str)
-def test_accumulated_batches_are_one_batch(drawn_voc, tmp_path, flags):
+def test_accumulated_batches_are_one_batch(drawn_voc, one_batch, tmp_path, flags):
     """With frozen BN, whose statistics would be those of each batch, the steps are the same, and so is the log."""
-    train(drawn_voc, tmp_path / "one", *STEPS)
-    output = train(drawn_voc, tmp_path / "many", *STEPS, *flags).stdout
+    output = train(drawn_voc, tmp_path, *STEPS, *flags).stdout
     assert "= 4 images" in output
-    assert_close(tmp_path / "many", tmp_path / "one", 1e-5)
+    assert_close(tmp_path, one_batch, 1e-5)
     if "--device_list" not in flags:  # the logged loss is rank 0's
-        losses = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("one", "many")]
+        losses = [[line["loss"] for line in metrics(folder) if "loss" in line] for folder in (one_batch, tmp_path)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -44,13 +60,16 @@ def test_an_accumulating_run_resumes_exactly(drawn_voc, tmp_path):
     assert timeless(metrics(tmp_path / "part")) == timeless(metrics(tmp_path / "whole"))[-3:]
     output = train(drawn_voc, tmp_path / "other", *flags, "--accumulate", 1, "--resume",
                    tmp_path / "whole/ckpt/iter_2.pth").stdout
-    assert "an iteration had 1 x 2 x 2 images and now has 1 x 2, from sample 8 on" in output
+    assert "--accumulate 2 -> 1" in output
+    samples = [state(tmp_path / f"{name}/ckpt/latest.pth")["progress"]["samples"] for name in ("whole", "other")]
+    assert samples == [16, 8 + 4]
 
 
 def test_an_infinite_gradient_in_one_batch_undoes_the_whole_step(drawn_voc, tmp_path):
     """The second batch of step 2 is spoiled: the run ends with the weights, momentum and BN statistics of step 1."""
     flags = (*train_flags(drawn_voc, tmp_path / "run"), "--accumulate", 2, "--max_iters", 2, "--checkpoint_interval", 1)
-    run(ROOT / "tests/spoiled_steps.py", "gradient", "inf", "4", TRAIN, *flags)
+    with spoiled("gradient inf 4"):
+        run(TRAIN, *flags)
     first, second = (state(tmp_path / f"run/ckpt/iter_{number}.pth") for number in (1, 2))
     assert all(torch.equal(value, second["state_dict"][key]) for key, value in first["state_dict"].items())
     for number, values in first["optimizer"]["state"].items():

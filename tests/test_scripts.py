@@ -1,4 +1,4 @@
-"""run_1p.sh and run_8p.sh: the commands that they start, told by a stand-in for Python that prints its arguments."""
+"""run_1p.sh and run_8p.sh: the commands that they start, shown by a stand-in for Python that prints its arguments."""
 import os
 import subprocess
 
@@ -34,25 +34,37 @@ def test_run_1p_mixes_precision_where_the_device_is_no_cpu(command, there, flags
 
 
 @pytest.mark.parametrize("there, flags, device, amp", (
-    ({}, (), "cuda", ["--amp"]), ({"npu": True}, (), "npu", ["--amp"]), ({}, ("--device=cpu",), "cpu", ["--amp"])))
+    ({}, (), "cuda", True), ({"npu": True}, (), "npu", True), ({}, ("--device=cpu",), "cuda", False),
+    ({"npu": True}, ("--device", "cpu"), "npu", False), ({"npu": True}, ("--opt_level", "O0"), "npu", True),
+    ({}, ("--device=cpu", "--opt_level", "O0"), "cuda", True)))
 def test_run_8p_mixes_precision_in_the_same_way(command, there, flags, device, amp):
-    data = ("--data_path=data", "--opt_level", "O0", *flags)
+    """The defaults come before the user's flags, of which the last one counts."""
+    data = ("--data_path=data", *flags)
     assert command("run_8p.sh", *data, **there) == [
-        "train.py", "--device", device, "--device_list", "0,1,2,3,4,5,6,7", *amp, *data]
+        "train.py", *(["--amp"] if amp else []), "--device", device, "--device_list", "0,1,2,3,4,5,6,7", *data]
 
 
-@pytest.mark.parametrize("flags, folder, cards", (
-    ((), "output/0,1,2,3,4,5,6,7/FCN", "0,1,2,3,4,5,6,7"), (("--work_dir=runs/a",), "runs/a", "0,1,2,3,4,5,6,7"),
-    (("--work-dir", "runs/a"), "runs/a", "0,1,2,3,4,5,6,7"), (("--device_list=0,1",), "output/0,1/FCN", "0,1")))
-def test_run_8p_val_scores_the_latest_checkpoint(command, flags, folder, cards):
+@pytest.mark.parametrize("flags, folder", (
+    ((), "output/0,1,2,3,4,5,6,7/FCN"), (("--work_dir=runs/a",), "runs/a"), (("--work-dir", "runs/a"), "runs/a"),
+    (("--device_list=0,1",), "output/0,1/FCN")))
+def test_run_8p_val_scores_the_latest_checkpoint(command, flags, folder):
     passed_on = [flag for flag in flags if "list" in flag]
     assert command("run_8p.sh", *flags, "--val", "--data_path", "data", "--split=val") == [
-        "evaluate.py", f"{folder}/ckpt/latest.pth", "--device", "cuda", "--device_list", cards, *passed_on,
+        "evaluate.py", f"{folder}/ckpt/latest.pth", "--device", "cuda", "--device_list", "0,1,2,3,4,5,6,7", *passed_on,
         "--data_path", "data", "--split=val"]
 
 
 def test_run_1p_without_data_shows_every_command(command):
     words = command("run_1p.sh", "--device", "cpu", "--work-dir=w")
     scripts = [word for i, word in enumerate(words) if words[i - 1] == "python" and word.endswith(".py")]
-    assert scripts == ["tests/drawn_voc.py", "convert_voc_aug.py", "train.py", "evaluate.py", "predict.py"]
+    assert scripts == ["tools/draw_voc.py", "convert_voc_aug.py", "train.py", "evaluate.py", "predict.py"]
     assert words.count("w/ckpt/best.pth") == 4  # shown and run, each twice
+
+
+@pytest.mark.parametrize("script", ("run_1p.sh", "run_8p.sh", "tests/run.sh"))
+def test_a_python_that_is_not_there_is_one_line(script, tmp_path):
+    done = subprocess.run(["bash", ROOT / script], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHON": "/nope"})
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.endswith(": there is no /nope; set PYTHON to a Python of version 3.10 or later\n")
+    assert done.stderr.count("\n") == 1

@@ -1,5 +1,6 @@
-"""What is for speed and changes no result: folded BN, images together, mixed precision, --compile; SyncBatchNorm."""
+"""What is for speed and changes no result: images together, mixed precision, --compile; SyncBatchNorm."""
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,50 +9,16 @@ from conftest import ROOT, error_line, metrics, run, state, train, train_flags, 
 from PIL import Image
 from torch import nn
 
-import batchnorm
 import inference
+from amp import Precision, bn_layers, check_run
+from cli import UserError
+from device import Ranks
 from fcn8s import FCN8s
+from train import parse_args
 from voc import VOC
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # no CUDA device is touched
 CLASSES = [f"class {number}" for number in range(21)]
-
-
-def trained_like(backbone):
-    """A network in evaluation mode whose BN layers and scores are not those of the start."""
-    torch.manual_seed(0)
-    model = FCN8s(21, backbone).eval()
-    for layer in batchnorm.layers(model):
-        layer.running_var.uniform_(0.5, 2)
-        for values in (layer.running_mean, layer.weight.data, layer.bias.data):
-            values.normal_(0.5)
-    for name, parameter in model.named_parameters():
-        if "score_" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-@pytest.mark.parametrize("backbone", ("tiny", "tiny_d8", "resnet50"))
-def test_folded_bn_gives_the_same_logits(backbone):
-    model, images = trained_like(backbone), torch.randn(1, 3, 70, 90)
-    folded = batchnorm.fold(model)
-    assert batchnorm.layers(model) and not batchnorm.layers(folded)
-    with torch.no_grad():
-        expected, got = model(images)["out"], folded(images)["out"]
-    assert (got - expected).abs().max() <= 2e-5 * expected.abs().max() > 0
-
-
-def test_bn_is_not_folded_into_a_convolution_that_it_does_not_follow():
-    class BeforeItsConvolution(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-            self.bn.running_mean.fill_(2)
-
-        def forward(self, images):
-            return {"out": self.conv(self.bn(images))}
-    model = BeforeItsConvolution().eval()
-    assert batchnorm.fold(model) is model
 
 
 def test_images_run_together_on_an_accelerator():
@@ -71,25 +38,38 @@ def test_mixed_precision_is_for_evaluate_and_predict(drawn_voc, tmp_path):
 
 
 def test_synchronised_bn_has_the_keys_of_bn_and_evaluates_alike():
-    model = trained_like("tiny")
+    torch.manual_seed(0)
+    model = FCN8s(21, "tiny").eval()
+    for layer in bn_layers(model):
+        layer.running_var.uniform_(0.5, 2)
+        for values in (layer.running_mean, layer.weight.data, layer.bias.data):
+            values.normal_(0.5)
+    for name, parameter in model.named_parameters():
+        if "score_" in name:
+            nn.init.normal_(parameter, std=0.1)
     plain, images = model.state_dict(), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(images)["out"]
         synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        assert {type(layer) for layer in batchnorm.layers(synchronised)} == {nn.SyncBatchNorm}
+        assert {type(layer) for layer in bn_layers(synchronised)} == {nn.SyncBatchNorm}
         assert synchronised.state_dict().keys() == plain.keys() == FCN8s(21, "tiny").state_dict().keys()
         assert torch.equal(synchronised(images)["out"], expected)
-    assert not batchnorm.layers(batchnorm.fold(synchronised))
 
 
 def test_synchronised_bn_is_for_several_cards(drawn_voc, tmp_path):
     flags = (*train_flags(drawn_voc, tmp_path / "run"), "--sync_bn")
     assert "--sync_bn: not on a CPU" in error_line(ROOT / "train.py", *flags)
-    npu = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/stand_ins/npu'}"}
-    two = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    assert "--compile does not go with --sync_bn" in error_line(
-        ROOT / "train.py", *flags, "--device", "npu", "--compile", env={**npu, **two})
-    assert "--sync_bn: not on one card" in error_line(ROOT / "train.py", *flags, "--device", "npu", env=npu)
+    assert not (tmp_path / "run").exists()
+
+    def problem(ranks, *more):
+        args = parse_args(["--data_path", "unused", "--backbone", "tiny", "--sync_bn", *more])
+        with pytest.raises(UserError) as caught:
+            check_run(args, ranks, Precision(CPU), FCN8s(21, args.backbone), CLASSES)
+        return str(caught.value)
+    npu = SimpleNamespace(type="npu")
+    assert "--sync_bn: not on one card" in problem(Ranks(npu))
+    assert "--compile does not go with --sync_bn" in problem(Ranks(npu, count=2), "--compile")
+    assert "--sync_bn has no effect: tiny_plain has no BN" in problem(Ranks(npu, count=2), "--backbone", "tiny_plain")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")

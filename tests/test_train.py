@@ -1,21 +1,33 @@
 """train.py as a command: what it writes, that evaluate.py agrees with it, that a resumed run is the same run."""
 import json
 import re
+import shutil
+import sys
+from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT, error_line, metrics, run, state, timeless, train, train_flags
 
-from augment import BatchOrder
-from trainer import losses_of
+from data import BatchOrder
+from train import losses_of, parse_args
+
+FLAGS = ("--max_iters", 8, "--eval_interval", 5, "--checkpoint_interval", 3)
+AUTO = (*FLAGS, "--resume", "auto")
 
 
 @pytest.fixture(scope="module")
 def finished(drawn_voc, tmp_path_factory):
-    """A run of 8 iterations. -> (its folder, what it printed)"""
+    """A run of 8 iterations; with --resume auto it starts afresh in a new folder. -> (its folder, what it printed)"""
     work_dir = tmp_path_factory.mktemp("finished") / "run"
-    output = train(drawn_voc, work_dir, "--max_iters", 8, "--eval_interval", 3, "--checkpoint_interval", 5).stdout
-    return work_dir, output
+    return work_dir, train(drawn_voc, work_dir, *AUTO).stdout
+
+
+@pytest.fixture
+def no_pictures():
+    """Two thirds of a short training are its pictures."""
+    with mock.patch("train.draw"):
+        yield
 
 
 def test_files_and_log_lines(finished):
@@ -24,7 +36,7 @@ def test_files_and_log_lines(finished):
         ".lock", "FCN_bs2_1p_acc.log", "ckpt", "curves.png", "metrics.jsonl", "result.json", "run.json", "train_0.log",
         "val_samples.png"]
     assert sorted(p.name for p in (work_dir / "ckpt").iterdir()) == [
-        "best.pth", "iter_5.pth", "iter_8.pth", "latest.pth"]
+        "best.pth", "iter_3.pth", "iter_6.pth", "iter_8.pth", "latest.pth"]  # that of 5 was saved as latest.pth only
     assert (work_dir / "train_0.log").read_text() == output
     for words in (r"tiny, 158,711 parameters, from random weights", r"1 x cpu", r"12 images of 'trainaug'",
                   r"8 iterations of 1 x 2 = 2 images, 1.3 epochs",
@@ -33,12 +45,29 @@ def test_files_and_log_lines(finished):
         assert re.search(words, output), words
 
 
+def test_the_start_of_a_run_logs_its_recipe(finished, drawn_voc, tmp_path, no_pictures):
+    """Optimizer, schedule, losses and augmentation, with the numbers of the flags."""
+    flags = ("--lr", 0.02, "--min_lr", 0.003, "--power", 0.7, "--momentum", 0.8, "--weight_decay", 0.0006,
+             "--crop_size", 32, "--scale", 192, 48, "--max_iters", 1)
+    other = train(drawn_voc, tmp_path / "run", *flags).stdout
+    assert (tmp_path / "run/train_0.log").read_text() == other
+    for output, recipe, augmentation in (
+            (finished[1], ("0.01", "0.0001", "0.9", "0.9", "0.0005", "0.4"), ("256x64", "0.5", "2", "64")),
+            (other, ("0.02", "0.003", "0.7", "0.8", "0.0006", "0.4"), ("192x48", "0.5", "2", "32"))):
+        before_training = output[:output.index("\niter 1/")].splitlines()
+        lines = {line.split(": ")[0]: line for line in before_training}
+        assert sorted(re.findall(r"\d+\.\d+", lines["recipe"])) == sorted(recipe)
+        assert re.findall(r"\d+x\d+|[\d.]+", lines["augmentation"]) == list(augmentation)
+        assert all(word in lines["recipe"] for word in ("SGD", "momentum", "weight decay", "polynomial", "auxiliary"))
+        assert all(word in lines["augmentation"] for word in ("crop", "flip", "photometric distortion"))
+
+
 def test_result_and_summary_come_from_the_metrics(finished):
     work_dir, _ = finished
     lines = metrics(work_dir)
     logged = [line for line in lines if "loss" in line]
     scored = [line for line in lines if "mIoU" in line]
-    assert [line["iter"] for line in logged] == list(range(1, 9)) and [line["iter"] for line in scored] == [3, 6, 8]
+    assert [line["iter"] for line in logged] == list(range(1, 9)) and [line["iter"] for line in scored] == [5, 8]
     assert [line["fps"] is None for line in logged] == [True] * 5 + [False] * 3  # the first five are a warm-up
     result = json.loads((work_dir / "result.json").read_text())
     assert result["iters"] == 8 and result["loss"] == logged[-1]["loss"]
@@ -76,36 +105,51 @@ def test_evaluate_prints_the_score_of_the_training(finished, drawn_voc, tmp_path
         name: result[name] for name in ("aAcc", "mIoU", "mAcc")}
 
 
-def test_a_resumed_run_is_the_same_run(finished, drawn_voc, tmp_path):
-    """From iteration 5 of 8, in a folder of its own, with another number of workers: the same parameters, bit by bit,
+def test_a_resumed_run_is_the_same_run(finished, drawn_voc, tmp_path, no_pictures):
+    """From iteration 3 of 8, in a folder of its own, with another number of workers: the same parameters, bit by bit,
     and the same log, though log lines are at 4 and 8, and so straddle the checkpoint. Its tensors lie contiguous in
     memory, as those of an NPU do, not channels last."""
-    flags = ("--max_iters", 8, "--eval_interval", 3, "--checkpoint_interval", 5, "--log_interval", 4, "--workers", 2)
+    flags = (*FLAGS, "--log_interval", 4, "--workers", 2)
     train(drawn_voc, tmp_path / "whole", *flags)
-    checkpoint = state(tmp_path / "whole/ckpt/iter_5.pth")
+    checkpoint = state(tmp_path / "whole/ckpt/iter_3.pth")
     for momentum in checkpoint["optimizer"]["state"].values():
         momentum["momentum_buffer"] = momentum["momentum_buffer"].contiguous()
     checkpoint["state_dict"] = {key: value.contiguous() for key, value in checkpoint["state_dict"].items()}
     torch.save(checkpoint, tmp_path / "contiguous.pth")
-    train(drawn_voc, tmp_path / "part", *flags, "--resume", tmp_path / "contiguous.pth")
+    output = train(drawn_voc, tmp_path / "part", *flags, "--workers", 0, "--resume", tmp_path / "contiguous.pth").stdout
+    assert f"from {tmp_path / 'contiguous.pth'}, iteration 3\n" in output  # and nothing has changed
     whole, part, logged_more = (state(folder / "ckpt/latest.pth") for folder in (
         tmp_path / "whole", tmp_path / "part", finished[0]))
     for other in (part, logged_more):
         assert all(torch.equal(value, other["state_dict"][key]) for key, value in whole["state_dict"].items())
-    assert timeless(metrics(tmp_path / "part")) == timeless(metrics(tmp_path / "whole"))[2:]
+    assert timeless(metrics(tmp_path / "part")) == timeless(metrics(tmp_path / "whole"))
 
 
-def test_resume_auto_goes_on_in_the_folder_and_cuts_the_metrics_back(finished, drawn_voc, tmp_path):
-    flags = ("--max_iters", 8, "--eval_interval", 3, "--checkpoint_interval", 5, "--resume", "auto")
-    train(drawn_voc, tmp_path / "run", *flags)  # nothing there yet: starts afresh
-    (tmp_path / "run/ckpt/latest.pth").unlink()
-    (tmp_path / "run/ckpt/latest.pth").symlink_to("iter_5.pth")  # as if it had been killed after iteration 8's metrics
-    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+def test_resume_auto_continues_in_the_folder_and_cuts_the_metrics_back(finished, drawn_voc, tmp_path, no_pictures):
+    work_dir = shutil.copytree(finished[0], tmp_path / "run")
+    (work_dir / "ckpt/iter_8.pth").unlink()
+    shutil.copy(work_dir / "ckpt/iter_6.pth", work_dir / "ckpt/latest.pth")  # as if killed after iteration 8's metrics
+    with open(work_dir / "metrics.jsonl", "a") as file:
         file.write('{"iter": 9, "lo')
-    train(drawn_voc, tmp_path / "run", *flags)
-    assert timeless(metrics(tmp_path / "run")) == timeless(metrics(finished[0]))
-    again = train(drawn_voc, tmp_path / "run", *flags).stdout  # nothing left to do
-    assert timeless(metrics(tmp_path / "run")) == timeless(metrics(finished[0])) and "result.json" in again
+    train(drawn_voc, work_dir, *AUTO)
+    assert timeless(metrics(work_dir)) == timeless(metrics(finished[0]))
+    before = state(work_dir / "ckpt/latest.pth")["state_dict"]
+    again = train(drawn_voc, work_dir, *AUTO).stdout  # nothing left to do
+    assert timeless(metrics(work_dir)) == timeless(metrics(finished[0])) and "result.json" in again
+    assert "\niter " not in again
+    finished_state, after = (state(folder / "ckpt/latest.pth")["state_dict"] for folder in (finished[0], work_dir))
+    assert all(torch.equal(value, before[key]) and torch.equal(value, after[key])
+               for key, value in finished_state.items())
+
+
+def test_a_run_entry_has_all_flags(finished, drawn_voc):
+    """run.json has an entry for each start; its "args" are train.py's flags with their values."""
+    entry, = json.loads((finished[0] / "run.json").read_text())["starts"]
+    args = vars(parse_args([str(flag) for flag in (*train_flags(drawn_voc, finished[0]), *AUTO)]))
+    args.update(train_split="trainaug", scale=list(args["scale"]))  # the default for VOC's classes
+    assert entry["args"] == args
+    assert entry["start"] == "random weights" and entry["data"]["train"]["images"] == 12
+    assert {"time", "command", "folder", "device", "versions", "code"} <= entry.keys()
 
 
 def test_a_folder_that_holds_a_run_is_not_touched(finished, drawn_voc):
@@ -117,7 +161,7 @@ def test_a_folder_that_holds_a_run_is_not_touched(finished, drawn_voc):
     assert files() == before
 
 
-def test_default_folders_are_those_of_the_port(drawn_voc, tmp_path):
+def test_default_folders_are_those_of_the_port(drawn_voc, tmp_path, no_pictures):
     flags = [flag for flag in train_flags(drawn_voc, "unused") if flag not in ("--work_dir", "unused")]
     run(ROOT / "train.py", *flags, "--max-iters", 1, cwd=tmp_path)
     assert (tmp_path / "output/0/FCN/result.json").exists()
@@ -125,7 +169,7 @@ def test_default_folders_are_those_of_the_port(drawn_voc, tmp_path):
     assert (tmp_path / "output/0/FCN_prof/FCN_bs2_1p_perf.log").exists()
 
 
-def test_mixed_precision_on_a_cpu_is_bfloat16(drawn_voc, tmp_path):
+def test_mixed_precision_on_a_cpu_is_bfloat16(drawn_voc, tmp_path, no_pictures):
     plain = train(drawn_voc, tmp_path / "plain", "--max_iters", 3).stdout
     mixed = train(drawn_voc, tmp_path / "mixed", "--max_iters", 3, "--amp").stdout
     level0 = train(drawn_voc, tmp_path / "level0", "--max_iters", 3, "--amp", "--opt_level", "O0").stdout
@@ -134,7 +178,7 @@ def test_mixed_precision_on_a_cpu_is_bfloat16(drawn_voc, tmp_path):
     assert a == c and a != b and a[0]["loss"] == pytest.approx(b[0]["loss"], rel=0.02)
 
 
-def test_fine_tuning_starts_from_a_checkpoint_of_ours(finished, drawn_voc, tmp_path):
+def test_fine_tuning_starts_from_a_checkpoint_of_ours(finished, drawn_voc, tmp_path, no_pictures):
     output = train(drawn_voc, tmp_path / "run", "--max_iters", 1, "--pretrained", finished[0] / "ckpt/best.pth").stdout
     assert "best.pth: a checkpoint of train.py" in output
     assert metrics(tmp_path / "run")[0]["loss"] < metrics(finished[0])[0]["loss"]
@@ -166,12 +210,10 @@ def test_an_empty_value_is_a_usage_error(drawn_voc, tmp_path, flag):
     assert flag in line and "takes a value, not ''" in line and not (tmp_path / "run").exists()
 
 
-def test_a_picture_that_cannot_be_drawn_does_not_end_a_training(drawn_voc, tmp_path):
-    (tmp_path / "matplotlib").mkdir()
-    (tmp_path / "matplotlib/__init__.py").write_text("raise ImportError('no matplotlib today')")
-    done = run(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), "--max_iters", 1,
-               env={"PYTHONPATH": str(tmp_path)})
-    assert "could not be drawn: no matplotlib today" in done.stdout and (tmp_path / "run/result.json").exists()
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_training(drawn_voc, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # its import fails
+    output = train(drawn_voc, tmp_path / "run", "--max_iters", 1).stdout
+    assert "could not be drawn: import of matplotlib" in output and (tmp_path / "run/result.json").exists()
 
 
 def test_an_empty_folder_to_convert_into_is_a_usage_error(tmp_path):

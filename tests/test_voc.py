@@ -1,14 +1,16 @@
-"""voc.py and palette.py: lists, images, labels, and what their check finds."""
+"""voc.py: lists, images, labels, and what their check finds."""
+import argparse
+
 import numpy as np
 import pytest
 import torch
 from conftest import REAL_VOC
 from PIL import Image
 
-from augment import BatchOrder, TrainAugmentation, TrainStream, train_batches
-from errors import DataError
-from palette import palette
-from voc import CLASSES, VOC
+from cli import UserError, message_of
+from data import train_batches
+from device import Ranks
+from voc import CLASSES, VOC, palette
 
 
 def test_palette_is_vocs():
@@ -54,7 +56,7 @@ def test_each_of_a_few_bad_ids_is_named(own_drawn_voc):
     data = VOC(own_drawn_voc, "val")
     for image_id in data.ids[:2]:
         data.image_path(image_id).unlink()
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         data.check(21)
     assert all(image_id in str(caught.value) for image_id in data.ids[:2]) and "\n" not in str(caught.value)
 
@@ -62,7 +64,10 @@ def test_each_of_a_few_bad_ids_is_named(own_drawn_voc):
 def test_an_error_in_a_worker_is_the_same_line(own_drawn_voc):
     data = VOC(own_drawn_voc, "train")
     data.image_path(data.ids[0]).write_bytes(b"garbage")
-    stream = TrainStream(data, TrainAugmentation(64, (128, 64)), seed=0)
-    with pytest.raises(DataError, match="does not decode") as caught:
-        list(train_batches(stream, BatchOrder(0, 6, 6), workers=1))
-    assert "\n" not in str(caught.value) and data.ids[0] in str(caught.value)
+    lines = []
+    for workers in (0, 1):
+        args = argparse.Namespace(crop_size=64, scale=(128, 64), seed=0, batch_size=6, accumulate=1, workers=workers)
+        with pytest.raises(UserError, match="does not decode") as caught:
+            list(train_batches(data, args, 0, 6, Ranks(torch.device("cpu"))))
+        lines.append(message_of(caught.value))
+    assert lines[0] == lines[1] and "\n" not in lines[0] and data.ids[0] in lines[0]

@@ -15,9 +15,8 @@ import torchvision
 from conftest import ROOT, error_line, run, train_flags
 from torchvision.models._api import Weights, WeightsEnum
 
-from backbones import BACKBONES, published
-from errors import WeightsError
-from fcn8s import FCN8s
+from cli import UserError
+from fcn8s import BACKBONES, FCN8s, published
 from voc import CLASSES
 from weights import Checkpoint, load_imagenet
 
@@ -62,7 +61,7 @@ def test_a_classifier_of_another_kind_is_refused_by_its_keys(models, tmp_path):
     state = fake_imagenet("resnet50").state_dict()
     assert "ImageNet" in start(models["resnet50"], state, tmp_path / "resnet50.pth")
     for name, key in (("resnet50_d8", "stem.0.weight is missing"), ("vgg16", "does not fit vgg16")):
-        with pytest.raises(WeightsError, match=key):
+        with pytest.raises(UserError, match=key):
             start(models[name], state, tmp_path / "resnet50.pth")
 
 
@@ -113,11 +112,11 @@ def test_imagenet_weights_are_downloaded_verified_and_loaded(models, name, tmp_p
     assert torch.equal(load(file.name), content.get("state_dict", content)["layer3.1.conv2.weight"])
     wrong = f"{name}-00000000.pth"  # the hash in the name is not the file's
     os.rename(file, tmp_path / wrong)
-    with pytest.raises(WeightsError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         load(wrong)
     server.shutdown()
     server.server_close()
-    with pytest.raises(WeightsError, match="--pretrained none"):
+    with pytest.raises(UserError, match="--pretrained none"):
         load(f"again-{file.name}")
 
 
@@ -148,7 +147,7 @@ def test_another_number_of_classes_gives_its_backbone_and_says_so(tmp_path):
 
 
 def test_another_backbone_is_refused(models, tmp_path):
-    with pytest.raises(WeightsError, match="--backbone vgg16"):
+    with pytest.raises(UserError, match="--backbone vgg16"):
         start(models["resnet50"], {"state_dict": {"backbone.conv1_1.weight": torch.ones(1)},
                                    "meta": {"backbone": "vgg16", "num_classes": 21}}, tmp_path / "vgg.pth")
 
@@ -161,7 +160,7 @@ class Payload:
 def test_a_file_that_wants_to_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "meta": Payload()}, "evil.pth")
-    with pytest.raises(WeightsError, match="refused.*could run code") as caught:
+    with pytest.raises(UserError, match="refused.*could run code") as caught:
         Checkpoint.read("evil.pth")
     assert not (tmp_path / "pwned").exists() and "\n" not in str(caught.value)
 
@@ -170,7 +169,7 @@ def made_plain(content, monkeypatch, tmp_path):
     """Reads a file that is refused, and runs the command that the error names. -> the plain file's name"""
     monkeypatch.chdir(tmp_path)
     torch.save(content, "a.pth")
-    with pytest.raises(WeightsError, match="refused") as caught:
+    with pytest.raises(UserError, match="refused") as caught:
         Checkpoint.read("a.pth")
     command = str(caught.value).split("make a plain one: ")[1]
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
@@ -217,7 +216,7 @@ def test_weights_of_the_original_release_switch_the_form(models, tmp_path):
         assert model.form == form
         with torch.no_grad():
             assert model(torch.randn(1, 3, 20, 33))["out"].shape == (1, 21, 20, 33)
-    with pytest.raises(WeightsError, match="--backbone vgg16"):
+    with pytest.raises(UserError, match="--backbone vgg16"):
         Checkpoint.read(tmp_path / "trained.pth", "resnet50")
 
 
@@ -237,9 +236,9 @@ def test_an_incomplete_network_is_not_scored(models, tmp_path):
     state = model.state_dict()
     torch.save({"state_dict": {key: value for key, value in state.items() if "conv_cat" not in key}},
                tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="decode_head.conv_cat.conv.weight is missing"):
+    with pytest.raises(UserError, match="decode_head.conv_cat.conv.weight is missing"):
         Checkpoint.read(tmp_path / "a.pth", "resnet50_d8").network()
-    with pytest.raises(WeightsError, match="add --backbone"):
+    with pytest.raises(UserError, match="add --backbone"):
         Checkpoint.read(tmp_path / "a.pth")
     backbone = {key: value for key, value in state.items() if key.startswith("backbone.")}
     assert "without heads" in start(model, {"state_dict": backbone}, tmp_path / "b.pth")
@@ -254,12 +253,12 @@ def test_half_a_head_is_an_error_that_names_the_key(models, tmp_path):
                              if key != "decode_head.conv_seg.weight"}, "decode_head.conv_seg.weight is missing"),
                            ({**FCN8s(19, "resnet50_d8").state_dict(), "decode_head.bogus": torch.ones(1)},
                             "decode_head.bogus is unexpected")):
-        with pytest.raises(WeightsError, match=words):
+        with pytest.raises(UserError, match=words):
             start(model, {"state_dict": spoiled}, tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="which form"):
+    with pytest.raises(UserError, match="which form"):
         start(vgg, {"state_dict": {"backbone.conv1_1.weight": torch.ones(1)}}, tmp_path / "a.pth")
     theirs = torchfcns(vgg)
-    with pytest.raises(WeightsError, match="decode_head.score_fr.weight is missing"):
+    with pytest.raises(UserError, match="decode_head.score_fr.weight is missing"):
         start(vgg, {key: value for key, value in theirs.items() if key != "score_fr.weight"}, tmp_path / "a.pth")
     origin = start(vgg, {key: value for key, value in theirs.items() if key.startswith(("conv", "fc"))},
                    tmp_path / "a.pth")
@@ -272,7 +271,7 @@ def test_a_truncated_or_foreign_file_is_named(models, tmp_path):
     for name, part in (("half", content[:len(content) // 2]), ("start", content[:100]), ("empty", b""),
                        ("text", b"hello\n")):
         (tmp_path / name).write_bytes(part)
-        with pytest.raises(WeightsError, match=name) as caught:
+        with pytest.raises(UserError, match=name) as caught:
             Checkpoint.read(tmp_path / name)
         assert "\n" not in str(caught.value)
 

@@ -1,6 +1,7 @@
-"""Makes reading an image fail once, as the file $FAULT says when it is there.
+"""Makes something fail once, as the file $FAULT says when it is there.
 
-`bug R`: in rank R or a worker of it, it raises a RuntimeError; `kill R`: kills its process; `block R`: never returns.
+`bug R`: reading an image raises a RuntimeError in rank R or a worker of it; `kill R`: it kills that process; `block R`:
+it never returns. `stop R`: rank R gets a SIGTERM in the middle of an evaluation.
 """
 import os
 import runpy
@@ -14,23 +15,31 @@ runpy.run_path(str(Path(__file__).parents[1] / "site/sitecustomize.py"))
 
 
 class Spoiling:
-    """An importer, of voc alone, that wraps its read_image."""
+    """An importer, of voc and inference alone, that wraps a function of each."""
 
     def find_spec(self, name, path=None, target=None):
-        spec = PathFinder.find_spec(name, path) if name == "voc" else None
+        spec = PathFinder.find_spec(name, path) if name in SPOIL else None
         if spec:
             load = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (load(module), spoil(module))
+            spec.loader.exec_module = lambda module: (load(module), SPOIL[name](module))
         return spec
 
 
-def spoil(voc):
+def fault_of_this_rank(*kinds):
+    """The kind of fault that is due, which is then over; None without one."""
+    file = Path(os.environ["FAULT"])
+    kind, rank = file.read_text().split() if file.is_file() else ("", "")
+    if kind not in kinds or rank != os.environ.get("RANK", "0"):
+        return None
+    file.unlink(missing_ok=True)
+    return kind
+
+
+def spoil_reading(voc):
     def read_image(path, read=voc.read_image):
-        fault = Path(os.environ["FAULT"])
-        kind, rank = fault.read_text().split() if fault.is_file() else ("", "")
-        if rank != os.environ.get("RANK", "0"):
+        kind = fault_of_this_rank("bug", "kill", "block")
+        if kind is None:
             return read(path)
-        fault.unlink(missing_ok=True)
         if kind == "bug":
             raise RuntimeError("a bug")
         if kind == "kill":
@@ -40,4 +49,14 @@ def spoil(voc):
     voc.read_image = read_image
 
 
+def spoil_evaluation(inference):
+    def confusion_matrix(*args, count=inference.confusion_matrix):
+        if fault_of_this_rank("stop"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return count(*args)
+
+    inference.confusion_matrix = confusion_matrix
+
+
+SPOIL = {"voc": spoil_reading, "inference": spoil_evaluation}
 sys.meta_path.insert(0, Spoiling())

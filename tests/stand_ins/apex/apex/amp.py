@@ -6,6 +6,7 @@ goes in and comes out. O2 steps float32 master weights, which it makes when they
 import contextlib
 
 import torch
+import torch_npu  # noqa: F401, as Ascend's does: it makes the device
 from torch.utils._pytree import tree_map
 
 CASTS = torch.autocast("npu", torch.float16)

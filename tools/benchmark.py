@@ -1,4 +1,4 @@
-"""How fast the project is, as ratios against its peers in the same run: `python tests/benchmark.py`.
+"""How fast the project is, as ratios against its peers in the same run: `python tools/benchmark.py`.
 
 --loader, --step BACKBONE, --eval and --commands run parts of the table. Each part runs in a process of its own, ours
 and the peer's in turns, so that both see the same machine; the figures are medians of the turns. The peers are
@@ -25,7 +25,7 @@ ON_GPU = ("cudnn", "dtype", "enlarge", "prepare", "compile", "transfer", "profil
 def main():
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # or a broken torch_npu breaks `import torch`
-    from backbones import BACKBONES
+    from fcn8s import BACKBONES
     args = parse_args(tuple(BACKBONES))
     name = "speed" if args.on_gpu is None else "on_gpu"
     lines = []
@@ -39,7 +39,7 @@ def main():
 def parse_args(backbones):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", choices=("auto", "npu", "cuda", "gpu", "cpu"))
-    parser.add_argument("--data", metavar="DIR", help="as train.py's --data_path (default: the tests' own)")
+    parser.add_argument("--data", metavar="DIR", help="as train.py's --data_path (default: a small sample)")
     parser.add_argument("--loader", action="store_true")
     parser.add_argument("--step", nargs="*", metavar="BACKBONE", choices=backbones)
     parser.add_argument("--eval", action="store_true")

@@ -1,16 +1,19 @@
-"""From class maps and labels to scores: the confusion matrix, the metrics, and how they are printed.
+"""What is measured: the confusion matrix, the scores of it and how they are printed; the speed of a training.
 
 Shapes: a label or class map is uint8 [H, W]; a confusion matrix int64 [C, C], row: the label's class, column: the
 predicted one; C classes.
 """
 import math
+import time
 import unicodedata
 
 import numpy as np
 import torch
 
+from device import synchronize
 from voc import IGNORE
 
+WARM_UP_ITERS = 5  # that a measurement of speed leaves out: they choose kernels and fill caches
 MEANS = ("aAcc", "mIoU", "mAcc")
 
 
@@ -62,7 +65,7 @@ def for_json(scores, names):
 
 
 def format_table(scores, classes):
-    """The scores of each class as lines of text; `-` where there is none."""
+    """The scores of each class as a table in text; `-` for NaN."""
     def columns(name):  # Chinese characters and the like are two columns wide
         return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name)
 
@@ -74,5 +77,40 @@ def format_table(scores, classes):
 
 
 def summary(scores):
-    """The three means in words; `-` for NaN."""
+    """The three means as text; `-` for NaN."""
     return "  ".join(f"{name} {number(scores[name], '.2f')}" for name in MEANS)
+
+
+class Speed:
+    """Images per second and the wait for data between two log lines, without the run's first iterations and its pauses.
+
+    iterations: of the run; one that is shorter than the warm-up has a speed, if a slow one
+    """
+
+    def __init__(self, device, images_per_iteration, iterations):
+        self.device, self.images = device, images_per_iteration
+        self.skip = min(WARM_UP_ITERS, iterations - 1)
+        self.start()
+
+    def start(self):
+        """Begins to count anew."""
+        self.iterations, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    def count(self, waited):
+        """Counts an iteration, of which `waited` seconds went by before its batch was loaded."""
+        self.iterations += 1
+        self.waited += waited
+        if self.skip:
+            self.skip -= 1
+            synchronize(self.device)
+            self.start()
+
+    def read(self):
+        """dict: fps (images/s), iter_time and data_time (seconds an iteration); None each if nothing was counted.
+        Begins to count anew."""
+        if not self.iterations:
+            return {"fps": None, "iter_time": None, "data_time": None}
+        synchronize(self.device)
+        seconds, waited = ((time.perf_counter() - self.since) / self.iterations, self.waited / self.iterations)
+        self.start()
+        return {"fps": self.images / seconds, "iter_time": seconds, "data_time": waited}

@@ -1,4 +1,5 @@
-"""augment.py: augmentation, the sample stream, normalisation; held against NumPy, SciPy, colorsys, closed forms."""
+"""transforms.py and data.py: augmentation, the sample stream, normalisation; held against NumPy, SciPy, colorsys."""
+import argparse
 import colorsys
 
 import numpy as np
@@ -8,16 +9,24 @@ import torchvision
 from PIL import Image
 from scipy import stats
 
-import augment
-from augment import BatchOrder, TrainAugmentation, TrainStream, prepare, resize_image, scaled_size, train_batches
+from data import TrainStream, train_batches
+from device import Ranks
+from transforms import LEFT_OUT, TrainAugmentation, distort_colours, prepare, resize_image, scaled_size
 from voc import IGNORE, VOC
 
-CROP = 96
+CROP, SCALE, SEED = 96, (256, 128), 3
 
 
 @pytest.fixture(scope="module")
 def stream(drawn_voc):
-    return TrainStream(VOC(drawn_voc, "trainaug"), TrainAugmentation(CROP, (256, 128)), seed=3)
+    return TrainStream(VOC(drawn_voc, "trainaug"), TrainAugmentation(CROP, SCALE), SEED)
+
+
+def batches_of(data, first, last, batch_size, workers=0, rank=0, ranks=1):
+    """The training batches of one rank, as a list."""
+    args = argparse.Namespace(crop_size=CROP, scale=SCALE, seed=SEED, batch_size=batch_size, accumulate=1,
+                              workers=workers)
+    return list(train_batches(data, args, first, last, Ranks(torch.device("cpu"), rank, ranks)))
 
 
 def test_scaled_size_keeps_the_aspect_and_at_least_one_pixel():
@@ -45,7 +54,7 @@ def test_sample_is_a_crop_of_the_scaled_image_and_its_label(drawn_voc):
     """Image and label go through the same scaling, crop and flip: a picture whose colours are its label's stays so."""
     label = torch.from_numpy(np.array(Image.open(next((drawn_voc / "SegmentationClass").glob("*.png")))))
     image = label.expand(3, -1, -1)
-    augmentation = TrainAugmentation(CROP, (256, 128))
+    augmentation = TrainAugmentation(CROP, SCALE)
     sizes = set()
     for seed in range(50):
         sample = augmentation(image, label, np.random.default_rng(seed))
@@ -64,7 +73,7 @@ def test_draws_have_the_recipes_distributions(stream):
     heights = [augmentation.draw_scaled_size(375, 500, rng)[0] for _ in range(2000)]
     assert stats.kstest(np.array(heights) / 128, stats.uniform(0.5, 1.5).cdf).pvalue > 0.01  # 128: the short side
     jitter = np.array([augmentation.draw_jitter(rng).numpy() for _ in range(4000)])
-    done = jitter != augment.LEFT_OUT
+    done = jitter != LEFT_OUT
     assert (abs(done[:, :4].mean(0) - 0.5) < 0.03).all() and abs(jitter[:, 4].mean() - 0.5) < 0.03
     for column, low, high in ((0, -32, 32), (1, 0.5, 1.5), (2, 0.5, 1.5)):
         assert stats.kstest(jitter[done[:, column], column], stats.uniform(low, high - low).cdf).pvalue > 0.01
@@ -105,19 +114,17 @@ def test_void_counts_neither_as_a_class_nor_in_a_share(stream):
 # ---- the stream
 
 def test_each_epoch_is_a_permutation_and_batches_cross_its_end(stream):
-    count = len(stream.voc)
+    count = len(stream.data)
     epochs = [[stream.index(epoch * count + i) for i in range(count)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    batches = list(train_batches(stream, BatchOrder(0, 15, 5), workers=0))
-    for batch, start in zip(batches, (0, 5, 10), strict=True):
+    for batch, start in zip(batches_of(stream.data, 0, 15, 5), (0, 5, 10), strict=True):
         assert torch.equal(batch["jitter"], torch.stack([stream[start + i]["jitter"] for i in range(5)]))
 
 
 def test_global_batches_do_not_depend_on_ranks_or_workers(stream):
     def batches(ranks, workers):
-        loaders = [train_batches(stream, BatchOrder(8, 20, 4 // ranks, 1, rank, ranks), workers)
-                   for rank in range(ranks)]
+        loaders = [batches_of(stream.data, 8, 20, 4 // ranks, workers, rank, ranks) for rank in range(ranks)]
         return [{key: torch.cat([part[key] for part in parts]) for key in parts[0]}
                 for parts in zip(*loaders, strict=True)]
 
@@ -129,8 +136,8 @@ def test_global_batches_do_not_depend_on_ranks_or_workers(stream):
 
 
 def test_a_sample_depends_on_seed_and_position_alone(stream):
-    again = TrainStream(stream.voc, stream.augmentation, seed=3)
-    other = TrainStream(stream.voc, stream.augmentation, seed=4)
+    again = TrainStream(stream.data, stream.augmentation, SEED)
+    other = TrainStream(stream.data, stream.augmentation, seed=4)
     assert torch.equal(stream[17]["image"], again[17]["image"])
     assert not all(torch.equal(stream[i]["image"], other[i]["image"]) for i in range(4))
 
@@ -138,7 +145,7 @@ def test_a_sample_depends_on_seed_and_position_alone(stream):
 # ---- on the device
 
 def test_prepare_normalises_and_leaves_padding_exactly_zero(stream):
-    batch = next(iter(train_batches(stream, BatchOrder(0, 8, 8), workers=0)))
+    batch, = batches_of(stream.data, 0, 8, 8)
     out = prepare(batch["image"], sizes=batch["size"], jitter=batch["jitter"])
     for image, (height, width) in zip(out, batch["size"], strict=True):
         assert (image[:, height:] == 0).all() and (image[:, :, width:] == 0).all()
@@ -151,9 +158,9 @@ def test_prepare_normalises_and_leaves_padding_exactly_zero(stream):
 def distort(pixels, **steps):
     """`distort_colours` on an image of N pixels, [N, 3] -> [N, 3]."""
     order = ("brightness", "contrast", "saturation", "hue", "contrast_last")
-    jitter = torch.tensor([[steps.get(name, 0.0 if name == "contrast_last" else augment.LEFT_OUT) for name in order]])
+    jitter = torch.tensor([[steps.get(name, 0.0 if name == "contrast_last" else LEFT_OUT) for name in order]])
     images = torch.from_numpy(pixels.T.astype(np.float32))[None, :, None]
-    return augment.distort_colours(images, jitter)[0, :, 0].T.numpy()
+    return distort_colours(images, jitter)[0, :, 0].T.numpy()
 
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (3000, 3))

@@ -1,4 +1,4 @@
-"""The parts of tests/benchmark.py: each function yields rows of its table."""
+"""The parts of tools/benchmark.py: each function yields rows of its table."""
 import functools
 import json
 import multiprocessing
@@ -10,43 +10,31 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import peers
 import torch
-from conftest import REAL_VOC, ROOT
-from drawn_voc import draw_data_set
+from draw_voc import draw_data_set
 from torch.utils.flop_counter import FlopCounterMode
 
-import batchnorm
 import train
-from augment import BatchOrder, TrainAugmentation, TrainStream, prepare, resize_image, train_batches
-from device import (
-    choose_device,
-    convolutions,
-    describe,
-    memory_format,
-    peak_memory,
-    pins_memory,
-    place,
-    synchronize,
-    to_device,
-)
+from amp import BatchNormGuard, choose_precision, fused_sgd
+from data import TrainStream, train_batches, val_batches
+from device import Ranks, choose_device, describe, memory_format, peak_memory, place, synchronize
 from fcn8s import FCN8s
 from inference import Protocol, evaluate
-from loader import default_workers
-from precision import choose_precision
-from processes import Processes
-from scores import confusion_matrix, scores_of
-from trainer import Recipe, Trainer, losses_of
+from metrics import confusion_matrix, scores_of
+from transforms import TrainAugmentation, prepare, resize_image
 from voc import CLASSES, IGNORE, VOC, read_image
 
+ROOT = Path(__file__).resolve().parent.parent
+REAL_VOC = Path(os.environ.get("FCN8S_VOC", ROOT.parent / "shared/voc"))  # as tests/conftest.py
 TURNS = 5
 BACKBONE, SCALE = "resnet50_d8", (2048, 512)  # the recipe's
 COLUMNS = ("work", "ours", "peer or base", "ratio", "of the ceiling", "peak memory")
 MATRIX = 4096  # side of the matrices whose product measures the ceiling of a device
-CPU_MATRIX = 1536
+CPU_MATRIX, CPU_SIDE = 1536, 256  # that matrix's, and the images' of a step
+CPU_MIXES = torch.backends.cpu.get_cpu_capability() != "AVX2"  # there a step in bfloat16 takes minutes
 SAMPLES = 60  # of a turn of the loader
 MEMORY_BATCHES = 1000
 
@@ -56,7 +44,7 @@ def rows_of(part, device_name, data, *arguments):
 
 
 def machine(device_name):
-    """What the figures were measured on, in words."""
+    """A description of what the figures were measured on."""
     return (f"PyTorch {torch.__version__}, {os.cpu_count()} cores, "
             f"{describe(choose_device(device_name), device_name)}; peers "
             f"{'installed' if peers.installed() else 'NOT installed: bash tests/run.sh --peers'}.")
@@ -97,20 +85,21 @@ def data_folder(scratch):
 
 def loader(device, data):
     torch.set_num_threads(1)
-    stream = TrainStream(VOC(data, "trainaug"), TrainAugmentation(512, (2048, 512)), seed=0)
-    images = [stream.voc.ids[stream.index(i)] for i in range(SAMPLES)]
+    args = train.parse_args(["--data_path", str(data), "--batch_size", "2", "--workers", "1"])
+    voc = VOC(data, "trainaug")
+    stream = TrainStream(voc, TrainAugmentation(args.crop_size, args.scale), args.seed)
+    images = [voc.ids[stream.index(i)] for i in range(SAMPLES)]
     works = [lambda: [stream[i] for i in range(SAMPLES)],
-             lambda: [read_image(stream.voc.image_path(image_id)) for image_id in images]]
+             lambda: [read_image(voc.image_path(image_id)) for image_id in images]]
     if peers.installed():
         pipeline = peers.mmseg_pipeline()
-        works.append(lambda: [pipeline(stream.voc.image_path(image_id), stream.voc.label_path(image_id))
-                              for image_id in images])
+        works.append(lambda: [pipeline(voc.image_path(image_id), voc.label_path(image_id)) for image_id in images])
     rates = [SAMPLES / seconds for seconds in in_turns(*works)]
     yield row("training samples, one core; mmsegmentation; ceiling: decoding the JPEG", rates[0], "images/s",
               *rates[2:], ceiling=rates[0] / rates[1])
 
     memory = []
-    for i, _ in enumerate(train_batches(stream, BatchOrder(0, 2 * MEMORY_BATCHES, 2), workers=1)):
+    for i, _ in enumerate(train_batches(voc, args, 0, MEMORY_BATCHES * args.batch_size, Ranks(device))):
         if i in (MEMORY_BATCHES // 10, MEMORY_BATCHES - 1):
             worker, = multiprocessing.active_children()
             memory.append(int(Path(f"/proc/{worker.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
@@ -150,26 +139,38 @@ def random_batch(count, height, width, device):
              "label": torch.randint(0, 21, (count, height, width), dtype=torch.uint8, generator=generator),
              "size": torch.tensor([[height, width]] * count),
              "jitter": torch.stack([augmentation.draw_jitter(rng) for _ in range(count)])}
-    return {key: value.pin_memory() for key, value in batch.items()} if pins_memory(device) else batch
+    return {key: value.pin_memory() for key, value in batch.items()} if device.type != "cpu" else batch
 
 
-def new_trainer(backbone, device, precision, batch_size):
-    """A Trainer as train.py makes it by these flags, of random weights."""
-    args = train.parse_args(["--data_path", "-", "--backbone", backbone, "--batch_size", str(batch_size)])
-    torch.manual_seed(0)
-    return Trainer(train.from_args(Recipe, args), FCN8s(len(CLASSES), backbone), device, precision, Processes(),
-                   folder=None, intervals=None, classes=CLASSES)
+class Training:
+    """A network of random weights, and train.py's step on one batch."""
+
+    def __init__(self, backbone, device, precision):
+        args = train.parse_args(["--data_path", "-", "--backbone", backbone])
+        torch.manual_seed(0)
+        model = place(FCN8s(len(CLASSES), backbone), device).train()
+        optimizer = fused_sgd([p for p in model.parameters() if p.requires_grad], device, precision, args.lr,
+                              args.momentum, args.weight_decay)
+        self.device, self.precision = device, precision
+        self.model, self.optimizer = precision.wrap(model, optimizer)
+        self.bn_guard, self.network = BatchNormGuard(self.model), train.WithLosses(self.model)
+
+    def step(self, batch):
+        """-> what train_step returns: the losses come first"""
+        with train.convolutions(self.device, training=True):
+            parts = [train.prepare_batch(batch, self.model.form, self.device)]
+            return train.train_step(self.network, parts, self.optimizer, self.precision, self.bn_guard)
 
 
 def ours(backbone, device, batch, precision):
     """(a function that runs one iteration as train.py does, but for the loader; one that runs the network alone:
     forward, losses, backward and optimizer; the FLOPs of a step)"""
-    trainer = new_trainer(backbone, device, precision, len(batch["image"]))
-    alone = network_alone(lambda images, labels: trainer.network(images, labels)[0], trainer.optimizer, device, batch,
-                          precision, memory_format(device))
+    training = Training(backbone, device, precision)
+    alone = network_alone(lambda images, labels: training.network(images, labels)[0], training.optimizer, device,
+                          batch, precision, memory_format(device))
 
     def step():
-        trainer.step([batch])
+        training.step(batch)
         synchronize(device)
     with FlopCounterMode(display=False) as counter:
         step()
@@ -183,23 +184,22 @@ def theirs(loss_of, model, device, batch, precision):
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4)
 
     def step():
-        here = to_device(batch, device)
-        images = prepare(here["image"], sizes=here["size"], jitter=here["jitter"]).contiguous()
-        update(lambda: loss_of(model, images, here["label"]), optimizer, device, precision)
+        images, labels = train.prepare_batch(batch, "unpadded", device)
+        update(lambda: loss_of(model, images.contiguous(), labels), optimizer, device, precision)
     return step, network_alone(lambda images, labels: loss_of(model, images, labels), optimizer, device, batch,
                                precision, torch.contiguous_format)
 
 
 def network_alone(loss_of, optimizer, device, batch, precision, layout):
-    here = to_device(batch, device)
-    images = prepare(here["image"]).contiguous(memory_format=layout)
-    return lambda: update(lambda: loss_of(images, here["label"]), optimizer, device, precision)
+    images, labels = train.prepare_batch(batch, "unpadded", device)
+    images = images.contiguous(memory_format=layout)
+    return lambda: update(lambda: loss_of(images, labels), optimizer, device, precision)
 
 
 def update(loss_of, optimizer, device, precision):
     """One iteration from the prepared images on, in a process that cuDNN tunes for, as both recipes ask it to."""
     optimizer.zero_grad()
-    with convolutions(device, training=True):
+    with train.convolutions(device, training=True):
         with precision.autocast():
             loss = loss_of()
         precision.backward(loss, optimizer)
@@ -208,12 +208,12 @@ def update(loss_of, optimizer, device, precision):
 
 
 def torchfcn_loss(model, images, labels):
-    return losses_of({"out": model(images)}, labels)[0]
+    return train.losses_of({"out": model(images)}, labels)[0]
 
 
 def peer_of(backbone):
     """(name, loss, network) of the peer that has such a network, or None."""
-    if not peers.installed() or backbone == "resnet50":
+    if backbone not in ("vgg16", *peers.DEPTHS) or not peers.installed():
         return None
     if backbone == "vgg16":
         import torchfcn.models
@@ -225,10 +225,10 @@ def steps(device, data, backbone):
     """On a CPU small batches, that it takes seconds; on an accelerator the recipe's, in mixed precision."""
     small = device.type == "cpu"
     shape = {"vgg16": (1, 375, 500), "resnet50": (1 if small else 16, 512, 512)}.get(
-        backbone, (2, 256, 256) if small else (16, 512, 512))
+        backbone, (2, CPU_SIDE, CPU_SIDE) if small else (16, 512, 512))
     batch = random_batch(*shape, device)
     yield from step_rows(backbone, shape, batch, device, lambda: choose_precision(device, amp=not small))
-    if backbone == BACKBONE:
+    if backbone == BACKBONE and (CPU_MIXES or not small):
         yield from step_rows(backbone, shape, batch, device,
                              lambda: choose_precision(device, amp=True, dtype="bfloat16"))
 
@@ -272,25 +272,23 @@ class Timed(torch.nn.Module):
 
 
 def evaluation(device, data):
-    """Ways to evaluate against the one that folds no BN and runs one image at a time in float32."""
+    """Ways to evaluate against one image at a time in float32, the default on a CPU."""
     voc, count = VOC(data, "val"), 4 if device.type == "cpu" else 64
     model = place(calibrated(FCN8s(21, BACKBONE), voc), device)
     sizes = voc.check(21, count)
-    folded = batchnorm.fold(model.eval())
-    ways = {"float32": (folded, {}), "`--amp`": (folded, {"amp": True})}
-    if device.type != "cpu":  # where one at a time is the default
-        ways["float32, one image at a time"] = (folded, {"batch_size": 1})
+    ways = {"`--amp`": {"amp": True}} if CPU_MIXES or device.type != "cpu" else {}
+    if device.type != "cpu":
+        ways["float32"] = {}
     plain = functools.partial(score, model, voc, sizes, device, batch_size=1)
     base = plain()
-    for name, (network, how) in ways.items():
-        way = functools.partial(score, network, voc, sizes, device, **how)
+    for name, how in ways.items():
+        way = functools.partial(score, model, voc, sizes, device, **how)
         confusion = way()
         rates = [count / seconds for seconds in in_turns(way, plain)]
         difference = abs(mean_iou(confusion) - mean_iou(base))
-        work = (f"evaluation, {BACKBONE}, {name}, BN folded, mIoU differs by {difference:.3f}; one image at a time in "
-                "float32, BN not folded")
-        yield row(work, rates[0], "images/s", rates[1], memory=peak_memory(device))
-    network = Timed(folded, device)
+        yield row(f"evaluation, {BACKBONE}, {name}, mIoU differs by {difference:.3f}; one image at a time in float32",
+                  rates[0], "images/s", rates[1], memory=peak_memory(device))
+    network = Timed(model, device)
     score(network, voc, sizes[:1], device)  # warms up
     network.seconds, start = 0.0, time.perf_counter()
     score(network, voc, sizes, device)
@@ -309,9 +307,9 @@ def calibrated(model, voc):
 
 
 def score(network, voc, sizes, device, **how):
-    """The confusion matrix, with the network as it is: what evaluate would fold is folded by the caller."""
-    with mock.patch("inference.fold", lambda model: model):
-        return evaluate(network, voc, sizes, Protocol(SCALE, **how), device, default_workers())
+    """The confusion matrix of the first images."""
+    protocol, ranks = Protocol(SCALE, **how), Ranks(device)
+    return evaluate(network, val_batches(voc, sizes, protocol, None, ranks), protocol, ranks)
 
 
 def mean_iou(confusion):
@@ -333,9 +331,8 @@ def confusion_row():
 # ---- commands
 
 def commands(device, data):
-    for flags in (["--help"], ["--crop_size", "0"]):
-        command = functools.partial(subprocess.run, [sys.executable, ROOT / "train.py", *flags], capture_output=True)
-        yield row(f"`train.py {' '.join(flags)}`", in_turns(command)[0], "s")
+    command = functools.partial(subprocess.run, [sys.executable, ROOT / "train.py", "--help"], capture_output=True)
+    yield row("`train.py --help`", in_turns(command)[0], "s")
 
 
 def training(device, data):

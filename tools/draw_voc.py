@@ -1,5 +1,5 @@
 """Draws a small data set in VOC's layout, with an SBD part, for those who have no VOC at hand:
-`python tests/drawn_voc.py DIR` makes DIR/VOCdevkit/VOC2012 and DIR/VOCdevkit/VOCaug.
+`python tools/draw_voc.py DIR` makes DIR/VOCdevkit/VOC2012 and DIR/VOCdevkit/VOCaug.
 
 Shapes on textured backgrounds; each class is one shape in one family of colours, with a void boundary around it, as in
 VOC. Of the SBD ids some are in VOC's train and val, so that convert_voc_aug.py has something to exclude.

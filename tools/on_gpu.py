@@ -1,4 +1,4 @@
-"""Ways to run a training step, against each other: the parts of `python tests/benchmark.py --on_gpu`.
+"""Ways to run a training step, against each other: the parts of `python tools/benchmark.py --on_gpu`.
 
 The step is train.py's own, `resnet50_d8` with --amp, on one batch of the data that stays on the device. What is not
 the project's way lives here only, put in its place by a patch. A and B take turns, A, B, A, B, each time 15 steps to
@@ -22,15 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import augment
-import batchnorm
 import fcn8s
 import train
-import trainer as training
-from augment import BatchOrder, TrainAugmentation, TrainStream, train_batches
-from data import open_training
-from device import choose_device, peak_memory, pins_memory, synchronize, to_device
-from precision import choose_precision
+import transforms
+from amp import bn_layers, choose_precision
+from data import open_training, train_batches
+from device import Ranks, choose_device, peak_memory, synchronize
 
 COLUMNS = ("pair", "way", "ms a step, each turn", "images/s", "peak memory", "loss after 20 steps", "note")
 MINUTES = 9  # after which a part is ended
@@ -52,18 +49,15 @@ class Bench:
     def __init__(self, device, data):
         self.device, self.data, small = device, data, device.type == "cpu"
         self.images, self.side, self.warm_up, self.measured = (2, 64, 1, 2) if small else (16, 512, 15, 40)
-        args = train.parse_args(["--data_path", str(data)])
-        found = open_training(args.data_path, args.classes, args.train_split, args.val_split, args.val_fraction,
-                              args.seed)
-        stream = TrainStream(found.train, TrainAugmentation(self.side, args.scale), args.seed)
-        batches = train_batches(stream, BatchOrder(0, self.images, self.images), 0, pins_memory(device))
-        self.host_batch = next(iter(batches))
-        self.batch = to_device(self.host_batch, device)
+        args = train.parse_args(["--data_path", str(data), "--crop_size", str(self.side), "--batch_size",
+                                 str(self.images), "--workers", "0"])
+        self.host_batch = next(train_batches(open_training(args).train, args, 0, self.images, Ranks(device)))
+        self.batch = {key: value.to(device) for key, value in self.host_batch.items()}
 
-    def trainer(self, dtype=None):
-        mixed = dtype != "float32"
+    def training(self, dtype=None):
+        mixed = dtype != "float32" and (dtype or self.device.type != "cpu")
         precision = choose_precision(self.device, mixed, backend="native", dtype=dtype if mixed else None)
-        return speeds.new_trainer(speeds.BACKBONE, self.device, precision, self.images)
+        return speeds.Training(speeds.BACKBONE, self.device, precision)
 
     def mark(self):
         """A moment on the device, for `seconds`."""
@@ -124,9 +118,9 @@ def rows_of(part, device_name, data):
     yield from globals()[part](Bench(choose_device(device_name), data))
 
 
-def plain(trainer, batch):
+def plain(training, batch):
     """train.py's step on a batch. -> a function that returns its loss, on the device"""
-    return lambda: trainer.step([batch])[0]
+    return lambda: training.step(batch)[0]
 
 
 def patched(module, **names):
@@ -164,8 +158,8 @@ def cudnn_turn(device, data, benchmark, limit):
     """-> what `turn` gives, and the seconds of the first step"""
     signal.alarm(60 * MINUTES // 3)
     bench = Bench(device, data)
-    step = plain(bench.trainer(), bench.batch)
-    with patched(training, convolutions=lambda device, training: torch.backends.cudnn.flags(
+    step = plain(bench.training(), bench.batch)
+    with patched(train, convolutions=lambda device, training: torch.backends.cudnn.flags(
             enabled=True, benchmark=benchmark, benchmark_limit=limit, allow_tf32=True))():
         seconds, loss = first_step(bench, step)
         median, memory, losses = bench.turn(step)
@@ -183,7 +177,7 @@ def first_step(bench, step):
 def dtype(bench):
     """On a CPU float32 stands for float16, of which a step takes minutes there."""
     first = "float32" if bench.device.type == "cpu" else "float16"
-    return bench.compare("dtype", {name: (plain(bench.trainer(name), bench.batch), contextlib.nullcontext)
+    return bench.compare("dtype", {name: (plain(bench.training(name), bench.batch), contextlib.nullcontext)
                                    for name in (first, "bfloat16")})
 
 
@@ -205,40 +199,40 @@ def enlarge(bench):
     size = (bench.side, bench.side)
     worst = (upsample_by_products(logits, size) - fcn8s.upsample(logits, size)).abs().max()
     return bench.compare("enlarge", {
-        "F.interpolate": (plain(bench.trainer(), bench.batch), contextlib.nullcontext),
-        "two matrix products": (plain(bench.trainer(), bench.batch), patched(fcn8s, upsample=upsample_by_products))},
+        "F.interpolate": (plain(bench.training(), bench.batch), contextlib.nullcontext),
+        "two matrix products": (plain(bench.training(), bench.batch), patched(fcn8s, upsample=upsample_by_products))},
         {"two matrix products": f"values differ by {worst:.1e}"})
 
 
 def prepare(bench):
-    compiled = torch.compile(augment.prepare)
+    compiled = torch.compile(transforms.prepare)
     arguments = (bench.batch["image"], "unpadded", bench.batch["size"], bench.batch["jitter"])
     seconds, _ = first_step(bench, lambda: compiled(*arguments).sum())
-    same = "equal to the bit" if torch.equal(compiled(*arguments), augment.prepare(*arguments)) else "NOT equal"
+    same = "equal to the bit" if torch.equal(compiled(*arguments), transforms.prepare(*arguments)) else "NOT equal"
     notes = {"compiled": f"compiled in {seconds:.0f} s, {same}"}
     yield from bench.compare("prepare alone", {
         way: (lambda function=function: (function(*arguments), None)[1], contextlib.nullcontext)
-        for way, function in (("plain", augment.prepare), ("compiled", compiled))}, notes)
+        for way, function in (("plain", transforms.prepare), ("compiled", compiled))}, notes)
     yield from bench.compare("prepare", {
-        "plain": (plain(bench.trainer(), bench.batch), contextlib.nullcontext),
-        "compiled": (plain(bench.trainer(), bench.batch), patched(training, prepare=compiled))}, notes)
+        "plain": (plain(bench.training(), bench.batch), contextlib.nullcontext),
+        "compiled": (plain(bench.training(), bench.batch), patched(transforms, prepare=compiled))}, notes)
 
 
 def compile(bench):
     """Whole: network and losses, one graph, as --compile does. By blocks: each bottleneck and head, and the losses."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # or a block too many would run plain, unsaid
-    whole, blocks = bench.trainer(), bench.trainer()
+    whole, blocks = bench.training(), bench.training()
     whole.network = torch.compile(whole.network, dynamic=False)
     for module in blocks.model.modules():
         if isinstance(module, fcn8s.Bottleneck | fcn8s.ConvHead):
             module.compile(dynamic=False)
-    for layer in batchnorm.layers(blocks.model):
+    for layer in bn_layers(blocks.model):
         # Views of one tensor share a version, by which autograd takes a later block's update for one of this block's.
         layer._buffers.update({name: buffer.clone() for name, buffer in layer._buffers.items()})
-    losses_of = torch.compile(training.losses_of, dynamic=False)
-    ways = {"plain": (plain(bench.trainer(), bench.batch), contextlib.nullcontext),
+    losses_of = torch.compile(train.losses_of, dynamic=False)
+    ways = {"plain": (plain(bench.training(), bench.batch), contextlib.nullcontext),
             "whole": (plain(whole, bench.batch), contextlib.nullcontext),
-            "by blocks": (plain(blocks, bench.batch), patched(training, losses_of=losses_of))}
+            "by blocks": (plain(blocks, bench.batch), patched(train, losses_of=losses_of))}
     notes = {}
     for way, (step, context) in ways.items():
         with context():
@@ -249,28 +243,27 @@ def compile(bench):
 def transfer(bench):
     """From page-locked memory, where there is such, in each step."""
     strided = {**bench.host_batch, "image": bench.host_batch["image"].permute(0, 3, 1, 2)}
-    original = training.prepare
+    original = transforms.prepare
     return bench.compare("transfer", {
-        "uint8 [N, H, W, 3]": (plain(bench.trainer(), bench.host_batch), contextlib.nullcontext),
-        "uint8 [N, 3, H, W], channels last": (plain(bench.trainer(), strided), patched(
-            training, prepare=lambda images, *rest: original(images.permute(0, 2, 3, 1), *rest)))})
+        "uint8 [N, H, W, 3]": (plain(bench.training(), bench.host_batch), contextlib.nullcontext),
+        "uint8 [N, 3, H, W], channels last": (plain(bench.training(), strided), patched(
+            transforms, prepare=lambda images, *rest: original(images.permute(0, 2, 3, 1), *rest)))})
 
 
 # ---- where the time goes
 
 def profile(bench):
     """Seconds of the device (on a CPU, of the cores) in each group of operators, over 10 steps."""
-    trainer, kind = bench.trainer(), bench.device.type
-    step = plain(trainer, bench.batch)
+    training, kind = bench.training(), bench.device.type
+    step = plain(training, bench.batch)
     median = bench.turn(step)[0]
     with FlopCounterMode(display=False) as counter:
         step()
     activities = [torch.profiler.ProfilerActivity.CPU]
     if kind == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    ranged = {"prepare": in_range("preparation", training.prepare)}
-    with patched(training, **ranged)(), mock.patch.object(
-            trainer.optimizer, "step", in_range("optimizer", trainer.optimizer.step)):
+    with patched(transforms, prepare=in_range("preparation", transforms.prepare))(), mock.patch.object(
+            training.optimizer, "step", in_range("optimizer", training.optimizer.step)):
         with torch.profiler.profile(activities=activities) as profiler:
             for _ in range(PROFILED):
                 step()
@@ -278,7 +271,7 @@ def profile(bench):
     seconds = collections.Counter()
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CPU:
-            # Not self_device_time_total, which may count a range's whole time beside that of what runs in it.
+            # Not self_device_time_total, which may count a range's whole time as well as that of what runs in it.
             own = event.self_cpu_time_total if kind == "cpu" else sum(
                 kernel.duration for kernel in event.kernels if kernel.name != event.name)
             seconds[group_of(event)] += own / 1e6
@@ -318,7 +311,7 @@ def waits(bench):
     if bench.device.type != "cuda":
         yield ("waits", "CUDA only", "", "", "", "", "")
         return
-    step = plain(bench.trainer(), bench.host_batch)
+    step = plain(bench.training(), bench.host_batch)
     step().item()
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-"""What a training sample goes through: geometry in a worker, colours on the device; and the stream of samples.
+"""Training augmentation: scale, crop and flip in the workers, photometric distortion on the device.
 
 Shapes: an image is uint8 [3, H, W], RGB, 0..255; a label uint8 [H, W]. A batch travels as uint8 [N, H, W, 3];
 `prepare` makes the network's input of it on the device.
@@ -9,10 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import Dataset, default_collate
 
 from device import memory_format
-from loader import Batches, stack_images
 from voc import IGNORE
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet's RGB values in 0..255
@@ -35,6 +33,11 @@ def resize_image(image, size):
     # With these strides PyTorch sees that the image is channels last, and is twice as fast.
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return F.interpolate(batch, size, mode="bilinear", align_corners=False)[0]
+
+
+def fit_into(image, scale):
+    """uint8 [3, H, W] resized to fit into (long, short) pixels; None: as it is."""
+    return image if scale is None else resize_image(image, scaled_size(*image.shape[1:], *scale))
 
 
 def source_pixels(side, out):
@@ -128,67 +131,13 @@ class TrainAugmentation:
         return torch.tensor([*steps, rng.integers(2)], dtype=torch.float32)
 
 
+def stack_images(images):
+    """Images uint8 [3, h, w] of one size -> uint8 [N, h, w, 3], contiguous.
 
-# ---- the stream
-
-class TrainStream(Dataset):
-    """The endless stream of training samples: one random permutation of the images after another.
-
-    A sample is a function of (seed, position in the stream) alone, so that a run depends neither on the number of
-    workers and ranks nor on where it was resumed.
+    This is how they lie in memory (channels last). A tensor of this shape is copied to any device as it is, where
+    `prepare` permutes it. torch_npu would make a permuted tensor contiguous first, on the CPU.
     """
-
-    def __init__(self, voc, augmentation, seed):
-        self.voc, self.augmentation, self.seed = voc, augmentation, seed
-        self.epoch, self.order = None, None
-
-    def index(self, position):
-        """Which image of the list stands at a position of the stream."""
-        epoch, offset = divmod(position, len(self.voc))
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, self.rng(0, epoch).permutation(len(self.voc))
-        return int(self.order[offset])
-
-    def rng(self, purpose, number):
-        """An own generator for each epoch's order (purpose 0) and each position's augmentation (purpose 1)."""
-        return np.random.default_rng([self.seed, purpose, number])
-
-    def __getitem__(self, position):
-        return self.augmentation(*self.voc[self.index(position)], self.rng(1, position))
-
-
-
-class BatchOrder:
-    """Which positions of the stream one rank loads, batch by batch. Iteration i is positions [i S, (i + 1) S), where
-    S = batch_size * accumulate * world_size; rank r takes the r-th slice, in `accumulate` batches.
-
-    batch_size: images of one rank that go through the network at once
-    first, last: positions; the last one is not included
-    """
-
-    def __init__(self, first, last, batch_size, accumulate=1, rank=0, world_size=1):
-        self.slice = batch_size * accumulate
-        self.starts = range(first + rank * self.slice, last, world_size * self.slice)
-        self.batch_size = batch_size
-
-    def __len__(self):
-        return len(self.starts) * (self.slice // self.batch_size)
-
-    def __iter__(self):
-        for start in self.starts:
-            for position in range(start, start + self.slice, self.batch_size):
-                yield range(position, position + self.batch_size)
-
-
-def train_batches(stream, order, workers, pin_memory=False):
-    """Batches of a stream in a BatchOrder: dicts of image uint8 [N, crop, crop, 3], label, size and jitter."""
-    return Batches(stream, order, stack_samples, workers, pin_memory)
-
-
-def stack_samples(samples):
-    """Samples of `TrainAugmentation` as one batch: a dict of the same keys, each [N, ...]."""
-    rest = [{key: value for key, value in sample.items() if key != "image"} for sample in samples]
-    return {"image": stack_images([sample["image"] for sample in samples]), **default_collate(rest)}
+    return torch.stack([image.permute(1, 2, 0) for image in images])
 
 
 # ---- colours, on the device
@@ -215,6 +164,12 @@ def prepare(images, form="unpadded", sizes=None, jitter=None):
         columns = torch.arange(width, device=images.device) < sizes[:, 1:]  # [N, W]
         images = images * (rows[:, None, :, None] & columns[:, None, None, :])
     return images.contiguous(memory_format=memory_format(images.device))
+
+
+def prepare_batch(batch, form, device):
+    """A batch of data.train_batches -> (images float32 [N, 3, H, W], labels uint8 [N, H, W]), on the device."""
+    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    return prepare(batch["image"], form, batch["size"], batch["jitter"]), batch["label"]
 
 
 def normalise(images, form):

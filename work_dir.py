@@ -1,0 +1,442 @@
+"""The files of a run: lock, log, metrics, checkpoints, run.json, result.json and the Ascend port's summary.
+
+A folder with checkpoints is a run; anything else in it may be overwritten. ckpt/ holds iter_<n>.pth, latest.pth, from
+which `--resume auto` continues, and best.pth. They are hard links to the same files, or copies.
+"""
+import contextlib
+import datetime
+import errno
+import fcntl
+import filecmp
+import io
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cli import UserError
+from device import describe
+from files import check_writable, link_or_copy, remove_leftovers, write_whole
+from metrics import MEANS, for_json, format_table, number, summary
+from visualize import missing_font
+from voc import digest
+from weights import Checkpoint
+
+OWN_NAME = re.compile(r"iter_(0|[1-9]\d*)\.pth")  # other files in the folder are left alone
+CPU_CROP = 256  # pixels; with a larger one a CPU takes seconds for each image
+CPU_FLAGS = ("--backbone resnet50 --scale 256 128 --crop_size 128 --batch_size 4 --max_iters 400 --amp "
+             "--eval_interval 100 --checkpoint_interval 100")
+DYING_TIME = 30  # seconds that a run restarted by torchrun waits for the lock of the process it replaces
+HERE = Path(__file__).parent
+
+
+class WorkDir:
+    """The files of a run, which rank 0 alone writes. A checkpoint is written whole or not at all. A context manager,
+    which releases the lock.
+
+    device_ids: as in the names of the Ascend port's files; keep: how many of the newest checkpoints stay
+    Raises OSError if nothing can be written at `path`.
+    """
+
+    def __init__(self, path, device_ids, writes, keep=3):
+        self.path, self.writes, self.keep = Path(path), writes, keep
+        self.log_path = self.path / f"train_{device_ids}.log"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.record_path = self.path / "run.json"
+        self.checkpoints = self.path / "ckpt"
+        self.latest, self.best = self.checkpoints / "latest.pth", self.checkpoints / "best.pth"
+        self.lock_file = self.board = self.bar = None  # board: TensorBoard's writer
+        self.console = True  # somebody reads the output
+        if writes:
+            check_writable(self.path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for opened in (self.bar, self.board, self.lock_file):
+            if opened is not None:
+                opened.close()
+
+    # ---- the start of a run
+
+    def find_start(self, resume):
+        """(file, Checkpoint) to resume from, or None to start afresh. Takes the lock of an existing folder.
+
+        resume: the --resume flag. Raises UserError rather than overwrite another run.
+        """
+        if not self.writes:
+            return None
+        if self.path.is_dir():
+            self.lock()
+        newest = self.newest() if resume == "auto" or self.holds_run() else None
+        if newest and resume is None:
+            raise UserError(f"{self.path}: holds a run already; continue it by --resume auto, or name another folder "
+                            "by --work_dir")
+        if newest and resume != "auto" and not (Path(resume).is_file() and filecmp.cmp(resume, newest[0], False)):
+            raise UserError(f"--resume {resume}: is not the newest checkpoint of {self.path}, which holds a run; name "
+                            "another folder by --work_dir")
+        return newest if newest or resume in (None, "auto") else (Path(resume), Checkpoint.read(resume))
+
+    def lock(self):
+        """Takes the folder's lock, which ends with this process. Raises UserError, naming the process that holds it.
+
+        A lock of `lockf` belongs to one process; forked workers would keep one of `flock`.
+        """
+        with writing(self.path):
+            self.lock_file = open(self.path / ".lock", "a+")
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        end = time.monotonic() + DYING_TIME * restarted
+        while True:
+            try:
+                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                    break
+            if time.monotonic() > end:
+                self.lock_file.seek(0)
+                raise UserError(f"{self.path}: {self.lock_file.read().strip() or 'another process'} runs in this "
+                                "folder; wait for its end, or name another folder by --work_dir")
+            time.sleep(0.2)
+        self.lock_file.truncate(0)
+        self.lock_file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.lock_file.flush()
+
+    def holds_run(self):
+        return bool(self.saved()) or any(path.exists() or path.is_symlink() for path in (self.latest, self.best))
+
+    def saved(self):
+        """Our own checkpoints: [(number, path)] of iter_<n>.pth, the newest first."""
+        matches = ((OWN_NAME.fullmatch(path.name), path) for path in self.checkpoints.glob("iter_*.pth"))
+        return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+    def newest(self):
+        """(file, Checkpoint) of latest.pth or, if that is damaged, of the newest readable one before it; None if the
+        folder holds none. Raises UserError if none can be read."""
+        for path in [self.latest, *(path for _, path in self.saved()), self.best]:
+            if not path.exists():
+                continue
+            try:
+                return path, Checkpoint.read(path)
+            except UserError as error:
+                self.log(f"{error}. Trying the one before it.")
+        if self.holds_run():
+            raise UserError(f"{self.checkpoints}: holds no checkpoint that can be read; name one by --resume FILE and "
+                            "another folder by --work_dir")
+        return None
+
+    def open(self, start, progress, last):
+        """Makes the folders. Starts new files, or truncates metrics.jsonl to the checkpoint the run resumes from.
+
+        start: the file of that checkpoint, or None; progress: the run's; its best score counts while best.pth exists
+        Raises UserError if the run is at its `last` iteration, evaluated, and the folder lacks its scores.
+        """
+        if not self.writes:
+            return
+        if progress.evaluated >= last and not any("mIoU" in line for line in self.metrics()):
+            raise UserError(f"{start}: is of iteration {progress.iteration} of {last}, nothing is left to train; raise "
+                            "--max_iters, or score it with evaluate.py")
+        with writing(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if self.lock_file is None:  # the folder did not exist when the run began
+                self.lock()
+                if self.holds_run():
+                    raise UserError(f"{self.path}: another run began here meanwhile; name another folder by --work_dir")
+            for folder in (self.path, self.checkpoints):
+                remove_leftovers(folder)
+            if start is None:
+                for path in (self.record_path, self.metrics_path, self.log_path, self.path / "result.json"):
+                    path.unlink(missing_ok=True)
+            elif not same_file(start, self.latest):
+                link_or_copy(start, self.latest)
+            kept = [line for line in self.metrics()
+                    if line["iter"] <= (progress.evaluated if "mIoU" in line else progress.iteration)]
+            write_whole(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+        if not self.best.is_file():
+            progress.best, progress.best_iteration = -1.0, 0
+
+    def open_board(self, iteration):
+        """Writes for TensorBoard as well. What an earlier run wrote there after `iteration` is hidden."""
+        from torch.utils.tensorboard import SummaryWriter  # only here: the package is optional
+        if self.writes:
+            self.board = SummaryWriter(self.path / "tensorboard", purge_step=iteration + 1)
+
+    def progress_bar(self, iteration, last):
+        """A progress bar on a terminal, below the log lines."""
+        self.bar = tqdm(total=last, initial=iteration, desc="training", unit="iter", leave=False,
+                        disable=None if self.writes else True)
+        return self.bar
+
+    # ---- what a run writes
+
+    def log(self, text):
+        """Prints a text, above a progress bar, and adds it to the log file once the folder exists."""
+        if not self.writes:
+            return
+        try:
+            if self.console:
+                tqdm.write(text)
+                sys.stdout.flush()
+        except OSError as error:  # a closed pipe or terminal, a full disk
+            self.console = False
+            text += f"\nnote: the output cannot be written to ({error.strerror}); this log has every line"
+        if self.path.is_dir():
+            append(self.log_path, text)
+
+    def add_metrics(self, line):
+        """Adds a line to metrics.jsonl."""
+        if self.writes:
+            append(self.metrics_path, json.dumps(line))
+            for name, value in line.items() if self.board else ():
+                values = {f"{name}/{cls}": score for cls, score in value.items()} if isinstance(value, dict) else {
+                    name: value}
+                for tag, scalar in values.items():
+                    if scalar is not None and tag != "iter":
+                        self.board.add_scalar(tag, scalar, line["iter"])
+
+    def log_losses(self, progress, sums, rate, speed, memory, last):
+        """A log line and its twin in metrics.jsonl: mean losses, speed, memory.
+
+        sums: of train_step's results since the last line; speed: of Speed.read; memory: in bytes
+        """
+        *losses, counted, skipped = sums
+        losses = {name: loss / counted if counted else None
+                  for name, loss in zip(("loss", "loss_main", "loss_aux"), losses, strict=True)}
+        progress.skipped += int(skipped)
+        iteration, memory = progress.iteration, memory / 2 ** 20
+        self.add_metrics({"iter": iteration, "lr": rate, **losses, "skipped_steps": progress.skipped, **speed,
+                          "memory": memory})
+        total, main_loss, auxiliary = (number(loss, ".4f") for loss in losses.values())
+        left = "-"
+        if speed["iter_time"] is not None:
+            left = datetime.timedelta(seconds=round((last - iteration) * speed["iter_time"]))
+        self.log(f"iter {iteration}/{last}  lr {rate:.2e}  loss {total} (main {main_loss}, aux {auxiliary})  "
+                 f"{number(speed['fps'], '.2f')} images/s  iter {number(speed['iter_time'], '.3f')} s, data "
+                 f"{number(speed['data_time'], '.3f')} s  memory {memory:.0f} MiB  left {left}"
+                 + (f"  skipped steps {progress.skipped}" if progress.skipped else ""))
+
+    def log_scores(self, iteration, scores, data, last):
+        """The scores of an evaluation, in the log and in metrics.jsonl; at the end the table of classes."""
+        self.add_metrics({"iter": iteration, **for_json(scores, data.classes)})
+        if iteration == last:
+            self.log(format_table(scores, data.classes))
+        self.log(f"iter {iteration}/{last}  {data.val.split}: {summary(scores)}")
+
+    def metrics(self):
+        """The lines of metrics.jsonl as dicts; a last line cut short by a crash is left out."""
+        content = self.metrics_path.read_bytes() if self.metrics_path.is_file() else b""
+        try:
+            lines = content.decode().splitlines(keepends=True)
+            metrics = [json.loads(line) for line in lines if line.endswith("\n")]
+            [line["iter"] + 0 for line in metrics]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self.metrics_path}: damaged ({error}); fix or delete that line") from None
+        return metrics
+
+    def save(self, content, number, best):
+        """Writes a checkpoint as latest.pth, as iter_<number>.pth unless `number` is None, and as best.pth if it is the
+        best; deletes our oldest beyond `keep`. best.pth comes first, as latest.pth says what is in it."""
+        if not self.writes:
+            return
+        names = [self.best] * best + [self.latest]
+        names += [] if number is None else [self.checkpoints / f"iter_{number}.pth"]
+        buffer = io.BytesIO()  # not straight to the file: torch.save reports a full disk as a wrong offset
+        torch.save(on_cpu(content), buffer)
+        with writing(names[-1]):
+            write_whole(names[0], buffer.getbuffer())
+            for name in names[1:]:
+                link_or_copy(names[0], name)
+            for _, old in self.saved()[self.keep:]:
+                old.unlink()
+
+    # ---- what a run was, and its results
+
+    def add_record(self, entry):
+        """Adds an entry to run.json, which has one for each time the run was started or resumed."""
+        if not self.writes:
+            return
+        try:
+            entries = json.loads(self.record_path.read_bytes().decode())["starts"] if self.record_path.exists() else []
+            text = json.dumps({"starts": [*entries, entry]}, indent=2, ensure_ascii=False)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.record_path}: damaged ({error}); fix or delete it") from None
+        with writing(self.record_path):
+            write_whole(self.record_path, text + "\n")
+
+    def write_results(self, args, progress, ranks):
+        """Writes result.json and the summary, both from metrics.jsonl. -> the content of result.json"""
+        lines = self.metrics()
+        logged = [line for line in lines if "loss" in line]
+        scored = [line for line in lines if "mIoU" in line]
+        fps = [line["fps"] for line in logged if line["fps"] is not None]
+        of_best = [line for line in scored if line["iter"] == progress.best_iteration]  # none if best.pth was deleted
+        best = of_best[-1] if of_best else max(scored, key=lambda line: -math.inf if line["mIoU"] is None
+                                               else line["mIoU"])
+        result = {"iters": progress.iteration, "loss": logged[-1]["loss"] if logged else None,
+                  "fps": max(fps, default=None), "fps_median": statistics.median(fps) if fps else None,
+                  **{name: scored[-1][name] for name in MEANS}, "best_mIoU": best["mIoU"],
+                  "best_iteration": best["iter"], "last": scored[-1], "best": best}
+        write_whole(self.path / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        images = args.batch_size * args.accumulate * ranks.count
+        write_summary(self.path, args.backbone, args.batch_size, ranks.count, "perf" if args.performance else "acc", {
+            "ActualFPS": result["fps"],
+            "TrainingTime": result["fps"] and 1000 * images / result["fps"],  # ms an iteration
+            "mIoU": best["mIoU"] and best["mIoU"] / 100, "ActualLoss": result["loss"],
+            "E2ETrainingTime": progress.seconds})
+        return result
+
+
+def open_work_dir(args, ranks):
+    """The run's WorkDir, by default output/<devices>/FCN, as the Ascend port names it."""
+    ids = args.device_list or (range(ranks.count) if ranks.count > 1 else [ranks.device.index or 0])
+    device_ids = ",".join(map(str, ids))
+    path = args.work_dir or Path("output", device_ids, "FCN_prof" if args.performance else "FCN")
+    return WorkDir(path, device_ids, ranks.rank == 0, args.keep)
+
+
+# ---- what a run says
+
+def memory_hint(args):
+    """What to change if memory runs out."""
+    mixed = "" if args.amp else "add --amp; "
+    if args.batch_size == 1:
+        return mixed + "lower --crop_size" + ("" if args.backbone == "resnet50" else ", or use --backbone resnet50")
+    size = max(size for size in range(1, args.batch_size) if args.batch_size % size == 0)
+    batches = args.batch_size // size * args.accumulate
+    return f"{mixed}--batch_size {size} --accumulate {batches} needs less for the same step"
+
+
+def start_lines(args, ranks, data, model, precision, last, origin, work_dir, aux_weight):
+    """What a run is, and its recipe, as text. origin: of the weights; last: the last iteration"""
+    images = args.batch_size * args.accumulate * ranks.count
+    batch = " x ".join(str(n) for n in (ranks.count, args.batch_size, args.accumulate)[:2 + (args.accumulate > 1)])
+    flags = {"sync_bn": "synchronised BN", "compile": "compiled", "freeze_bn": "frozen BN",
+             "class_weights": "weighted classes"}
+    more = "".join(f", {text}" for flag, text in flags.items() if getattr(args, flag))
+    notes = [missing_font(data.classes), data.skipped]
+    if args.freeze_bn and origin == "random weights":
+        notes.append("--freeze_bn keeps statistics that no training has set")
+    if ranks.device.type == "cpu" and (args.backbone.endswith("_d8") or args.crop_size > CPU_CROP):
+        notes.append(f"{args.backbone} at --crop_size {args.crop_size} is slow on a CPU; this ends in minutes: "
+                     + CPU_FLAGS)
+    return "\n".join([
+        f"device: {ranks.count} x {describe(ranks.device, args.device)}, {precision}{more}",
+        f"network: {args.backbone}, {sum(p.numel() for p in model.parameters()):,} parameters, from {origin}",
+        f"data: {args.data_path}, {len(data.classes)} classes, {len(data.train):,} images of '{data.train.split}', "
+        f"{len(data.val):,} of '{data.val.split}'" + (data.origin and f"; {data.origin}"),
+        f"training: {last:,} iterations of {batch} = {images} images, {last * images / len(data.train):.1f} epochs",
+        f"recipe: SGD, lr {args.lr} to {args.min_lr} by a polynomial of power {args.power}, momentum {args.momentum}, "
+        f"weight decay {args.weight_decay}; loss: main + {aux_weight} x auxiliary",
+        f"augmentation: fitted into {args.scale[0]}x{args.scale[1]}, times 0.5 to 2; crop {args.crop_size}, flip, "
+        "photometric distortion",
+        f"files: {work_dir.path}", *(f"note: {note}" for note in notes if note)])
+
+
+def end_lines(args, work_dir, result):
+    """How a run ended, where its files are, and the command that shows its predictions."""
+    values = {key: round(value, 4) if isinstance(value, float) else value
+              for key, value in result.items() if key not in ("last", "best")}
+    lines = [f"done: {work_dir.path / 'result.json'}: {json.dumps(values)}"]
+    pictures = f"to look at: {work_dir.path / 'curves.png'}, {work_dir.path / 'val_samples.png'}"
+    if args.performance:
+        return "\n".join([*lines, pictures])
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    command = [python, Path(sys.argv[0]).with_name("evaluate.py"), work_dir.best, "--data_path", args.data_path,
+               "--split", args.val_split, "--save_dir", work_dir.path / "val"]
+    gone = "" if work_dir.best.is_file() else " does not exist any more"
+    best = (f"best mIoU {number(result['best_mIoU'], '.2f')} at iteration {result['best_iteration']}: {work_dir.best}"
+            + gone)
+    return "\n".join([*lines, best, pictures, f"next, to see every prediction: {shlex.join(map(str, command))}"])
+
+
+# ---- records
+
+def write_summary(folder, backbone, batch_size, cards, kind, values):
+    """FCN_bs<batch>_<cards>p_<kind>.log: `Key = value` lines, as the Ascend port's scripts leave them."""
+    case = f"FCN_bs{batch_size}_{cards}p_{kind}"
+    lines = {"Network": "FCN", "Backbone": backbone, "RankSize": cards, "BatchSize": batch_size,
+             "DeviceType": platform.machine(), "CaseName": case, **values}
+    write_whole(folder / f"{case}.log", "".join(f"{key} = {value}\n" for key, value in lines.items()))
+
+
+def start_record(args, data, device, origin):
+    """An entry of run.json: with what a run was started. All values are JSON's.
+
+    args: the namespace; data: the TrainingData; device, origin: descriptions
+    """
+    lists = {name: {"list": part.split, "images": len(part), "sha256": digest(part.ids),
+                    **({"ids": part.ids} if data.lists else {})}
+             for name, part in (("train", data.train), ("val", data.val))}
+    return {"time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]), "folder": str(Path.cwd()),
+            "args": vars(args), "start": origin, "device": device, "versions": versions(), "code": code_version(),
+            "data": {"classes": list(data.classes), **lists}}
+
+
+def versions():
+    """The versions that a result depends on: {name: version}."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+             "platform": platform.platform()}
+    if torch.cuda.is_available():
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        found.update(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=driver or None)
+    if "torch_npu" in sys.modules:
+        found["torch_npu"] = getattr(sys.modules["torch_npu"], "__version__", None)
+    return found
+
+
+def code_version():
+    """The commit of this project and whether its files are unchanged since; None each if it is no git checkout."""
+    commit = output_of("git", "-C", str(HERE), "rev-parse", "HEAD") or None
+    changes = output_of("git", "-C", str(HERE), "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "clean": commit and not changes}
+
+
+def output_of(*command):
+    """What a command prints; empty if it fails or does not exist."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def on_cpu(state):
+    """The same nested dicts and lists with all tensors on the CPU, so that any machine can read them."""
+    if isinstance(state, torch.Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        return {key: on_cpu(value) for key, value in state.items()}
+    return [on_cpu(value) for value in state] if isinstance(state, (list, tuple)) else state
+
+
+def same_file(a, b):
+    return Path(a).exists() and Path(b).exists() and os.path.samefile(a, b)
+
+
+def append(path, line):
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turns an OSError into a UserError that names the file, which that of a full disk does not, and a hint."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be written ({error.strerror or error}); make room, or name "
+                        "another folder by --work_dir") from None
