@@ -136,12 +136,21 @@ def usable_cores():
 
 @contextlib.contextmanager
 def held_signals():
-    """Holds the stop signals back for the block. A worker forked in it gets none before `start_worker` ignores them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """Holds the stop signals back for the block. A worker forked in it records them before `start_worker` ignores them.
+
+    No signal mask: that is of one thread, and Python runs its handlers in the main thread, whichever gets the signal.
+    """
+    held, before = [], {}
+    for stop in STOP_SIGNALS:
+        if signal.getsignal(stop) is not signal.SIG_IGN:
+            before[stop] = signal.signal(stop, lambda number, frame: held.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def start_worker(*_):
@@ -150,7 +159,6 @@ def start_worker(*_):
     end_with_parent(signal.SIGKILL, multiprocessing.parent_process().pid)
     for stop in STOP_SIGNALS:
         signal.signal(stop, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     sys.excepthook = lambda *error: None  # of a queue's thread, when the parent has died
 
 
@@ -177,34 +185,34 @@ def run(main, parse_args):
         getattr(sys, name).reconfigure(errors="backslashreplace")  # class names in any script, also under LC_ALL=C
     try:
         status = main(parse_args())
-    except KeyboardInterrupt:
-        status = end_of_failure(128 + signal.SIGINT, f"{PROG}: interrupted")
-    except SystemExit as ending:
-        status = end_of_failure(ending.code)
-    except Exception as error:
-        status = end_of_failure(1, message_of(error))
+    except BaseException as error:
+        status = end_of_failure(error)
     kill_children()
     leave(status)
 
 
-def end_of_failure(status, message=None):
-    """Ends the workers and prints the message unless another rank failed before. -> the exit status
+def end_of_failure(error):
+    """Ends the workers and prints what the user reads of an exception, unless another rank failed before. -> the status
 
     Called while the exception still holds its frames: a DataLoader would wait 5 s for each worker when they are freed.
     """
-    kill_children()
-    if status and first_to_fail() and message:
+    kill_children()  # first: PyTorch's handler of SIGCHLD may raise at any moment
+    first = first_to("failed")
+    if isinstance(error, SystemExit):
+        return error.code
+    message = f"{PROG}: interrupted" if isinstance(error, KeyboardInterrupt) else message_of(error)
+    if first:
         print(message, file=sys.stderr)
-    return status
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
 
 
-def first_to_fail():
-    """True unless another rank of this machine failed before. torchrun makes a folder for each attempt, which the ranks
-    share: the first to fail creates a file there."""
+def first_to(name):
+    """True for the first rank of this machine that calls it with this name. torchrun makes a folder for each attempt,
+    which the ranks share: the first creates a file there. False if the launcher has gone and deleted it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     try:
-        return not file or Path(file).parents[1].joinpath("failed").touch(exist_ok=False) is None
-    except FileExistsError:
+        return not file or Path(file).parents[1].joinpath(name).touch(exist_ok=False) is None
+    except (FileExistsError, FileNotFoundError):
         return False
 
 

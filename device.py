@@ -23,7 +23,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from cli import PARENT, PROG, STOP_SIGNALS, Parser, UserError, first_line, number, usable_cores
+from cli import PARENT, PROG, STOP_SIGNALS, Parser, UserError, first_line, first_to, number, usable_cores
 
 KINDS = ("npu", "cuda", "cpu")  # in the order of --device auto
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
@@ -406,6 +406,8 @@ class Stop:
     def record(self, number, frame):
         """The signal handler. A second Ctrl-C ends the process at once; Slurm sends SIGTERM twice."""
         if not self.deferred or number == signal.SIGINT == self.number:
+            for stop in self.before:
+                signal.signal(stop, signal.SIG_IGN)  # one is enough
             sys.exit(self.status(number))
         self.number = number
         signal.alarm(SAVING_TIME)  # ends a run that cannot stop, say because a dead file server blocks the loader
@@ -445,6 +447,7 @@ class Stop:
         """
         if not all(os.path.exists(f"/proc/{pid}") for pid in self.ranks.pids):
             return 1
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == PARENT:
+        # Once a machine: torchrun, which may have it from the user already, leaves its ranks alone at the third.
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == PARENT and first_to("stopped"):
             os.kill(PARENT, number)
         return 128 + number

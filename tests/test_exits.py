@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -104,6 +105,27 @@ def test_a_stop_that_takes_too_long_is_ended_by_an_alarm():
             pytest.fail("a stop that was asked for before must end the run at once")
         assert ended.value.code == 128 + signal.SIGTERM
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_signals_are_held_while_workers_start_whichever_thread_gets_them():
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    with cli.held_signals():
+        thread = threading.Thread(target=signal.raise_signal, args=(signal.SIGTERM,))
+        thread.start()
+        thread.join()
+        assert got == []
+    assert got == [signal.SIGTERM]
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_only_the_first_rank_of_a_machine_prints_and_none_once_the_launcher_is_gone(tmp_path, monkeypatch):
+    assert cli.first_to("failed")  # not under torchrun
+    (tmp_path / "attempt_0/1").mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0/1/error.json"))
+    assert [cli.first_to("failed"), cli.first_to("failed"), cli.first_to("stopped")] == [True, False, True]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_1/0/error.json"))
+    assert not cli.first_to("failed")
 
 
 @pytest.mark.parametrize("ignored, statuses", ((False, [128 + signal.SIGHUP]), (True, [])))
