@@ -3,6 +3,7 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -78,6 +79,7 @@ def start_python(command, cwd=ROOT, env=None, merged=False, new_session=False):
 def call(script, arguments, cwd, env):
     """Calls a command of the project in this process, as `python SCRIPT ARGUMENTS...` would. -> CompletedProcess"""
     module, folder = importlib.import_module(script.stem), os.getcwd()
+    children = set(multiprocessing.active_children())
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, env or {}))
@@ -96,7 +98,9 @@ def call(script, arguments, cwd, env):
             status = 1
             print(cli.message_of(error), file=err)
         finally:
-            cli.kill_children()  # as cli.run does
+            for child in set(multiprocessing.active_children()) - children:  # as cli.run does
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                child.kill()
             os.chdir(folder)
     return subprocess.CompletedProcess([str(script), *arguments], status, out.getvalue(), err.getvalue())
 

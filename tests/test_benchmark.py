@@ -19,6 +19,7 @@ def short(monkeypatch):
     monkeypatch.setattr(speeds, "TURNS", 1)
     monkeypatch.setattr(on_gpu, "TURNS", 1)
     monkeypatch.setattr(speeds, "CPU_MATRIX", 256)
+    monkeypatch.setattr(speeds, "CPU_SIDE", 64)
     monkeypatch.setattr(on_gpu, "cudnn_turn", lambda device, data, *flags: (1.0, 0, [1.0], 1.0))
     monkeypatch.setattr(on_gpu, "in_own_process", lambda work, *arguments: on_gpu.cudnn_turn(*arguments))
     with mock.patch.dict(os.environ):  # torch.compile and OpenCV set some variables

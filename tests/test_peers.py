@@ -294,7 +294,7 @@ def test_predictions_on_real_images(real_voc, tmp_path, how):
     images = ScaledImages(VOC(real_voc, "val"), protocol.scales())
     agree = []
     for i in range(5):
-        batches, (label,) = stack_scaled([images[i]])
+        _, batches, (label,) = stack_scaled([images[i]])
         views = [view[0] for batch in batches for view in predict(model, batch, protocol)]
         ours = class_map(views, tuple(label.shape))
         results = peers_views(peer, [prepare(batch) for batch in batches], tuple(label.shape), flips)

@@ -269,7 +269,8 @@ def test_two_writers_of_one_file(tmp_path):
 
 def test_two_commands_write_into_one_folder(whole, drawn_voc, tmp_path):
     """The second starts and ends while the first writes a picture."""
-    command = (ROOT / "evaluate.py", whole / "ckpt/best.pth", "--data_path", drawn_voc, "--device", "cpu", "--save_dir")
+    command = (ROOT / "evaluate.py", whole / "ckpt/best.pth", "--data_path", drawn_voc, "--device", "cpu", "--workers",
+               0, "--save_dir")
     with mock.patch("visualize.whole_file") as writes:
         @contextlib.contextmanager
         def write(path):
