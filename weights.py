@@ -156,7 +156,8 @@ def upgraded(meta):
     if "recipe" not in meta:
         return meta
     args = dict(meta["recipe"])
-    ranks, _, *digests = (args.pop(name, None) for name in ("ranks", "precision", "train_list", "val_list"))
+    ranks, precision, *digests = (args.pop(name, None) for name in ("ranks", "precision", "train_list", "val_list"))
+    args["amp"] = not str(precision).startswith("float32")
     return {**meta, "args": args, "ranks": ranks, "digests": dict(zip(("train", "val"), digests, strict=True))}
 
 

@@ -86,10 +86,11 @@ class WorkDir:
         if newest and resume is None:
             raise UserError(f"{self.path}: holds a run already; continue it by --resume auto, or name another folder "
                             "by --work_dir")
-        if newest and resume != "auto" and not (Path(resume).is_file() and filecmp.cmp(resume, newest[0], False)):
+        given = None if resume in (None, "auto") else (Path(resume), Checkpoint.read(resume))
+        if newest and given and not filecmp.cmp(resume, newest[0], False):  # as a copied folder has no hard links
             raise UserError(f"--resume {resume}: is not the newest checkpoint of {self.path}, which holds a run; name "
                             "another folder by --work_dir")
-        return newest if newest or resume in (None, "auto") else (Path(resume), Checkpoint.read(resume))
+        return newest or given
 
     def lock(self):
         """Takes the folder's lock, which ends with this process. Raises UserError, naming the process that holds it.
