@@ -199,6 +199,9 @@ def end_of_failure(error):
     kill_children()  # first: PyTorch's handler of SIGCHLD may raise at any moment
     first = first_to("failed")
     if isinstance(error, SystemExit):
+        stops = {128 + stop: stop.name for stop in STOP_SIGNALS}
+        if first and error.code in stops:  # at once: everything is saved
+            print(f"{PROG}: stopped by {stops[error.code]}", file=sys.stderr)
         return error.code
     message = f"{PROG}: interrupted" if isinstance(error, KeyboardInterrupt) else message_of(error)
     if first:
