@@ -38,7 +38,7 @@ if PROG in COMMANDS:  # not where somebody imports a module of ours, say in a no
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # or a broken torch_npu breaks `import torch`
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else each failed try to connect prints a C++ stack
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may swallow KeyboardInterrupt; `run` restores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may swallow KeyboardInterrupt; `run` handles it
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun: if the launcher is killed, it saves and ends
         end_with_parent(signal.SIGTERM, PARENT)
     missing = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
@@ -48,10 +48,7 @@ if PROG in COMMANDS:  # not where somebody imports a module of ours, say in a no
 
 
 class UserError(ValueError):
-    """An error the user can fix. The message is a single line that names the file, the value and a hint.
-
-    `run` prints it without a traceback. Every other exception is a bug and keeps its traceback.
-    """
+    """An error the user can fix: one line that names the file, the value and a hint. Every other exception is a bug."""
 
 
 def first_line(error):
@@ -117,14 +114,11 @@ def class_weights(text):
     """An argparse type: a file with a number of at least 0 on each line -> tuple of float."""
     try:
         weights = tuple(map(number(0, math.inf, float), file_path(text).read_text(encoding="utf-8").split()))
-        if any(weights):
-            return weights
-        problem = "holds no number above 0"
-    except (OSError, UnicodeDecodeError) as error:
-        problem = f"cannot be read ({error})"
-    except argparse.ArgumentTypeError as error:
-        problem = f"a line {error}"
-    raise argparse.ArgumentTypeError(f"{text}: {problem}")
+    except (OSError, UnicodeDecodeError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+    if not any(weights):
+        raise argparse.ArgumentTypeError(f"{text}: holds no number above 0")
+    return weights
 
 
 # ---- processes
@@ -176,8 +170,8 @@ def run(main, parse_args):
 
     Of several ranks on a machine, only the first to fail prints its error. No worker process is left.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda number, frame: sys.exit(128 + number))
     for descriptor, name in enumerate(("stdout", "stderr"), 1):
         if getattr(sys, name) is None:  # closed by the caller; a file opened later must not become it
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
@@ -185,28 +179,24 @@ def run(main, parse_args):
         getattr(sys, name).reconfigure(errors="backslashreplace")  # class names in any script, also under LC_ALL=C
     try:
         status = main(parse_args())
+        kill_children()
     except BaseException as error:
-        status = end_of_failure(error)
-    kill_children()
-    leave(status)
-
-
-def end_of_failure(error):
-    """Ends the workers and prints what the user reads of an exception, unless another rank failed before. -> the status
-
-    Called while the exception still holds its frames: a DataLoader would wait 5 s for each worker when they are freed.
-    """
-    kill_children()  # first: PyTorch's handler of SIGCHLD may raise at any moment
-    first = first_to("failed")
-    if isinstance(error, SystemExit):
-        stops = {128 + stop: stop.name for stop in STOP_SIGNALS}
-        if first and error.code in stops:  # at once: everything is saved
-            print(f"{PROG}: stopped by {stops[error.code]}", file=sys.stderr)
-        return error.code
-    message = f"{PROG}: interrupted" if isinstance(error, KeyboardInterrupt) else message_of(error)
-    if first:
-        print(message, file=sys.stderr)
-    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        # While the exception holds its frames: a DataLoader would wait 5 s for each worker when they are freed.
+        kill_children()
+        if isinstance(error, SystemExit):
+            stops = {128 + stop: f"{PROG}: stopped by {stop.name}" for stop in STOP_SIGNALS}
+            status, message = error.code, stops.get(error.code)
+        else:
+            status, message = 1, message_of(error)
+        if message and first_to("failed"):
+            print(message, file=sys.stderr)
+    # No finalization of Python: it would end a thread of gloo or of a loader that takes the GIL meanwhile, inside a C++
+    # destructor, which aborts the process (PyTorch's issues 38228 and 190489).
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it
+            stream.flush()
+    os._exit(status or 0)
 
 
 def first_to(name):
@@ -222,35 +212,15 @@ def first_to(name):
 def message_of(error):
     """What the user reads of an exception: one line if the user can fix it, else the traceback.
 
-    The DataLoader raises the error of a worker anew, with the worker's traceback as its message.
+    The DataLoader raises a worker's error anew, with the worker's traceback as its message.
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     line = line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-    if isinstance(error, UserError):
-        return f"{PROG}: error: {line}"
     lost = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)  # the worker's end of a pipe
     if lost or "DataLoader worker (pid" in str(error):
-        return (f"{PROG}: error: a process that loads images died ({first_line(error)}); if memory ran out, lower "
-                "--workers")
-    if isinstance(error, OSError):
-        named = f"{error.filename}: " if error.filename else ""
-        return f"{PROG}: error: {named}{error.strerror or line}"
-    return "".join(traceback.format_exception(error)).rstrip()
-
-
-def leave(status):
-    """Exits as sys.exit does, but skips Python's finalization if PyTorch is loaded.
-
-    A thread of gloo or of a loader that takes the GIL during the finalization is ended by Python, inside a C++
-    destructor, which aborts the process (PyTorch's issues 38228 and 190489).
-    """
-    if isinstance(status, str):
-        print(status, file=sys.stderr)
-        status = 1
-    if "torch" not in sys.modules:
-        sys.exit(status)
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it
-            stream.flush()
-    os._exit(status or 0)
+        line = f"a process that loads images died ({first_line(error)}); if memory ran out, lower --workers"
+    elif isinstance(error, OSError):
+        line = (f"{error.filename}: " if error.filename else "") + (error.strerror or line)
+    elif not isinstance(error, UserError):
+        return "".join(traceback.format_exception(error)).rstrip()
+    return f"{PROG}: error: {line}"

@@ -22,9 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from files import check_writable, remove_leftovers, whole_file, write_whole
-from voc import palette, read_lines
+from voc import CLASSES, palette, read_lines
 
-NUM_CLASSES = 21
 FULL_COUNTS = {"aug": 9118, "trainaug": 10582}  # ids in the lists that the full data gives
 
 # URL, MD5 (both from voc.py and sbd.py of torchvision.datasets) and the folder to unpack.
@@ -122,8 +121,8 @@ def convert(mat, png):
     except Exception as error:  # SciPy raises many types on a damaged file
         return (f"{mat}: cannot be read as an SBD label ({type(error).__name__}: {cli.first_line(error)}); unpack SBD "
                 "again")
-    if label.ndim != 2 or label.dtype != np.uint8 or label.size == 0 or label.max() >= NUM_CLASSES:
-        return f"{mat}: is not an SBD label, which is uint8 [H, W] with values 0..{NUM_CLASSES - 1}"
+    if label.ndim != 2 or label.dtype != np.uint8 or label.size == 0 or label.max() >= len(CLASSES):
+        return f"{mat}: is not an SBD label, which is uint8 [H, W] with values 0..{len(CLASSES) - 1}"
     image = Image.fromarray(label)
     image.putpalette(palette().tobytes())
     with whole_file(png) as temporary:
@@ -144,10 +143,7 @@ def is_done(mat, png):
 # ---- download
 
 def fetch(archive, target):
-    """Downloads an archive and unpacks its folder as `target`, unless that exists. `archive`: (URL, MD5, folder).
-
-    Nothing keeps two processes from downloading to the same file at once; its MD5 is then wrong.
-    """
+    """Downloads an archive (URL, MD5, folder) and unpacks its folder as `target`, unless that exists."""
     url, md5, inner = archive
     if target.exists():
         print(f"{target} exists, so it is not downloaded")
@@ -155,10 +151,14 @@ def fetch(archive, target):
     if not hasattr(tarfile, "data_filter"):
         raise cli.UserError(f"Python {sys.version.split()[0]} cannot unpack safely; take a newer release")
     file = target.parent / url.rsplit("/", 1)[-1]
+    part = file.with_name(file.name + ".part")  # with which the next call resumes if this one is interrupted
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            download(url, md5, file)
+            if receive(url, part) and md5_of(part) != md5:  # the earlier bytes were damaged or of another version
+                part.unlink()
+                receive(url, part)
+            part.replace(file)
         if md5_of(file) != md5:
             raise cli.UserError(f"{file}: its MD5 is not {md5}; delete it and run the same command again")
         unpack(file, inner, target)
@@ -166,16 +166,6 @@ def fetch(archive, target):
         raise cli.UserError(f"{url}: cannot be downloaded and unpacked as {target} ({cli.first_line(error)}); run the "
                             f"same command again to resume, or place the archive at {file}") from None
     file.unlink()
-
-
-def download(url, md5, file):
-    """Downloads a URL to `file` by way of FILE.part, with which the next call resumes if this one is interrupted."""
-    part = file.with_name(file.name + ".part")
-    resumed = receive(url, part)
-    if resumed and md5_of(part) != md5:  # the part was damaged or of another version
-        part.unlink()
-        receive(url, part)
-    part.replace(file)
 
 
 def receive(url, part):
@@ -191,14 +181,12 @@ def receive(url, part):
     with response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             start = 0  # the server sends the whole file
-        length = response.headers["Content-Length"]  # None if the server does not know it
-        total = start + int(length) if length else None
+        total = start + int(response.headers["Content-Length"] or 0)  # a server may not know it
         with open(part, "ab" if start else "wb") as out, tqdm.wrapattr(
                 response, "read", total, desc=part.stem, initial=start, disable=None) as source:
             shutil.copyfileobj(source, out, CHUNK)
-    missing = (total or 0) - part.stat().st_size
-    if missing > 0:
-        raise ConnectionError(f"the connection broke {missing} bytes before the end")
+    if part.stat().st_size < total:
+        raise ConnectionError(f"the connection broke {total - part.stat().st_size} bytes before the end")
     return start > 0
 
 

@@ -1,7 +1,7 @@
 """Where a command runs: the device, and the ranks (one process a card): how they start, join, stop and fail together.
 
-torchrun, called by the user or by `launch`, starts the ranks. When one fails, torchrun ends the others, and may restart
-all (--max_restarts). docs/reliability.md says what was tried.
+torchrun, called by the user or by `launch`, starts the ranks. When one fails, it ends the others, and may restart all.
+docs/reliability.md says what was tried.
 """
 import argparse
 import contextlib
@@ -25,16 +25,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from cli import PARENT, PROG, STOP_SIGNALS, Parser, UserError, first_line, first_to, number, usable_cores
 
-KINDS = ("npu", "cuda", "cpu")  # in the order of --device auto
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
-VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}  # limit which devices a process sees
+KINDS = tuple(BACKENDS)  # in the order of --device auto
+VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES", "gpu": "CUDA_VISIBLE_DEVICES"}
 LARGE_WEIGHT = 2 ** 25  # values; only vgg16's fc6 has more, 2 ** 26.6
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
-DEFAULT_PORT = 29500  # torchrun's
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # that torchrun sets
+DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 29500  # torchrun's
 DEFAULT_TIMEOUT = 600  # seconds, NCCL's; enough for rank 0 to write a checkpoint while the others wait
 SAVING_TIME = 300  # seconds that a run has to save after a signal, before it is killed; torchrun's own are 30
 STOP_INTERVAL = 10  # iterations between two checks of the other ranks' signals on an accelerator
-CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)  # after which a rank prints nothing itself
 
 
 # ---- flags
@@ -60,14 +59,14 @@ def add_one_device_flags(group):
 
 
 def add_launch_flags(parser):
-    """The flags for the launcher alone, which the ranks do not get. -> the parser"""
+    """torchrun's own flags for the launcher, which the ranks do not get. -> the parser"""
     group = parser.add_argument_group("several machines (with --device_list)")
     group.add_argument("--nnodes", type=number(1), metavar="N", help="number of machines (default: 1)")
     group.add_argument("--node_rank", type=number(0), metavar="R", help="which of them this is (default: 0)")
-    group.add_argument("--addr", "--master_addr", metavar="IP",
+    group.add_argument("--master_addr", "--addr", metavar="IP",
                        help="address of machine 0, where all processes meet (default: this machine)")
     group.add_argument("--master_port", type=number(1, 65535), metavar="P",
-                       help=f"a free port there (default: {DEFAULT_PORT}; on one machine without --addr any)")
+                       help=f"a free port there (default: {DEFAULT_PORT}; on one machine without --master_addr any)")
     group.add_argument("--local_addr", metavar="IP",
                        help="address of this machine; NPUs get it as HCCL_IF_IP")
     group.add_argument("--max_restarts", type=number(0), metavar="N",
@@ -85,60 +84,66 @@ def device_list(text):
 
 def check_device_flags(parser, args):
     """Flags about processes that contradict each other are a usage error."""
-    started = under_torchrun()
-    launch_flags = vars(add_launch_flags(Parser(add_help=False)).parse_args([]))
-    given = [flag for flag in launch_flags if getattr(args, flag) is not None]
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    nodes = args.nnodes or 1
-    wrong = [name for name in VARIABLES if not os.environ.get(name) or (
-        name != "MASTER_ADDR" and not os.environ[name].isdecimal())]
-    if not args.device_list and wrong and (started or os.environ.get("WORLD_SIZE", "") not in ("", "1")):
-        parser.error(f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} is set as torchrun sets it, but {wrong[0]} is "
+    wrong, size = wrong_variables(), os.environ.get("WORLD_SIZE", "")
+    if wrong and size not in ("", "1") and not args.device_list:
+        parser.error(f"WORLD_SIZE={size} is set as torchrun sets it, but {wrong[0]} is "
                      f"'{os.environ.get(wrong[0], '')}'; start with torchrun or --device_list, or unset WORLD_SIZE")
-    if args.timeout is not None and not (args.device_list or started):
-        parser.error(f"--timeout {args.timeout} has no effect without --device_list: there is nobody to wait for")
-    if started and (given or args.device_id is not None):
-        flag = [*given, "device_id"][0]
-        parser.error(f"--{flag} {getattr(args, flag)} has no effect under torchrun, which sets that itself")
-    if started and args.device_list and len(args.device_list) != here:
-        parser.error(f"torchrun started {here} processes here for {len(args.device_list)} devices: "
-                     + ",".join(args.device_list))
-    if args.device_list and args.device_id is not None:
-        parser.error("--device_id and --device_list do not go together")
-    if given and not args.device_list:
-        parser.error(f"--{given[0]} {getattr(args, given[0])} has no effect without --device_list, which says how many "
-                     "processes there are")
-    if (args.node_rank or 0) >= nodes:
-        parser.error(f"--node_rank {args.node_rank}: the last of {nodes} is {nodes - 1}; --nnodes says how many")
-    if nodes > 1 and None in (args.addr, args.node_rank):
-        parser.error(f"--nnodes {nodes} needs --node_rank and --master_addr")
+    useless = {}  # {flag: why it has no effect}
+    if args.device_list or under_torchrun():
+        useless["device_id"] = "with --device_list or torchrun: each process has its own device"
+    else:
+        useless["timeout"] = "without --device_list: there is nobody to wait for"
+    if not must_launch(args):
+        launch_flags = vars(add_launch_flags(Parser(add_help=False)).parse_args([]))
+        useless.update(dict.fromkeys(launch_flags, "without --device_list, nor with torchrun, which has its own"))
+    for flag, why in useless.items():
+        if getattr(args, flag) is not None:
+            parser.error(f"--{flag} {getattr(args, flag)} has no effect {why}")
+    nodes, node_rank = args.nnodes or 1, args.node_rank or 0
+    if node_rank >= nodes or nodes > 1 and None in (args.master_addr, args.node_rank):
+        parser.error(f"--nnodes {nodes} takes --node_rank 0 to {nodes - 1}, and if above 1 needs it and --master_addr")
     args.timeout = args.timeout or DEFAULT_TIMEOUT
+
+
+# ---- how this process was started
+
+def wrong_variables():
+    """Those of torchrun's variables that are not set as it sets them; none in its ranks."""
+    values = {name: os.environ.get(name, "") for name in VARIABLES}
+    return [name for name, value in values.items() if not (value.isdecimal() or name == "MASTER_ADDR" and value)]
+
+
+def under_torchrun():
+    """True if torchrun, or something that sets all of its variables, started this process."""
+    return not wrong_variables()
+
+
+def must_launch(args):
+    """True if this process must launch the ranks itself."""
+    return args.device_list is not None and not under_torchrun()
 
 
 # ---- the device
 
-def choose_device(name="auto", device_id=None):
+def choose_device(name="auto", device_id=None, local_rank=0):
     """The torch.device for a --device flag: npu, cuda (or gpu), cpu; `auto` takes the first of these that exists.
 
-    device_id: which of several; None: the one of this process's local rank. There is one CPU, which ranks share.
-    Raises UserError if a named device does not exist.
+    device_id: which of several; None: the one of the local rank. There is one CPU, which ranks share.
     """
     name = "cuda" if name == "gpu" else name
-    missing = {kind: problem(kind) for kind in ("npu", "cuda") if name in (kind, "auto")}
     if name == "auto":
-        name = next((kind for kind, why in missing.items() if why is None), "cpu")
-    elif missing.get(name):
-        raise UserError(f"--device {name}: {missing[name]}; --device auto takes what exists")
-    count = 1 if name == "cpu" else getattr(torch, name).device_count()
-    index = device_id
-    if index is None:
-        index = 0 if name == "cpu" else int(os.environ.get("LOCAL_RANK", 0))
-    if index >= count:
-        raise UserError(f"there is no {name} device {index}; there are {count}, counted from 0; change --device_id "
+        name = next(kind for kind in KINDS if problem(kind) is None)
+    elif problem(name):
+        raise UserError(f"--device {name}: {problem(name)}; --device auto takes what exists")
+    if device_id is None:
+        device_id = 0 if name == "cpu" else local_rank
+    count = getattr(torch, name).device_count()
+    if device_id >= count:
+        raise UserError(f"there is no {name} device {device_id}; there are {count}, counted from 0; change --device_id "
                         "or the number of processes")
     if name == "cpu":
         return torch.device("cpu")
-    device = torch.device(name, index)
+    device = torch.device(name, device_id)
     getattr(torch, name).set_device(device)
     # Inf and NaN where numbers overflow; an Ascend 910A has none. torch_npu lacks the question in some versions.
     if name == "npu" and not getattr(getattr(torch.npu, "utils", None), "is_support_inf_nan", lambda: True)():
@@ -149,9 +154,9 @@ def choose_device(name="auto", device_id=None):
 
 @functools.cache  # a second import of a broken torch_npu raises another error
 def problem(kind):
-    """Why there is no device of a kind (npu or cuda), in one line; None if there is one."""
-    if kind == "cuda":
-        return None if torch.cuda.is_available() else "PyTorch sees no CUDA device"
+    """Why there is no device of a kind (npu, cuda or cpu), in one line; None if there is one."""
+    if kind != "npu":
+        return None if getattr(torch, kind).is_available() else "PyTorch sees no CUDA device"
     if importlib.util.find_spec("torch_npu") is None:
         return "torch_npu is not installed"
     try:
@@ -163,18 +168,16 @@ def problem(kind):
 
 def describe(device, asked):
     """A description of the device. asked: the --device flag; for `auto` it says why the earlier kinds were skipped."""
-    if device.type == "cpu":
-        what = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    else:
-        what = getattr(torch, device.type).get_device_name(device)
-    skipped = KINDS[:KINDS.index(device.type)] if asked == "auto" else []
-    return f"{device} ({'; '.join([what, *(f'no {kind}: {problem(kind)}' for kind in skipped)])})"
+    facts = [f"{platform.machine()}, {torch.get_num_threads()} threads" if device.type == "cpu" else
+             getattr(torch, device.type).get_device_name(device)]
+    if asked == "auto":
+        facts += [f"no {kind}: {problem(kind)}" for kind in KINDS[:KINDS.index(device.type)]]
+    return f"{device} ({'; '.join(facts)})"
 
 
 def synchronize(device):
     """Waits until the device has finished its queued work, so that a clock can be read."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
+    getattr(torch, device.type).synchronize(device)
 
 
 def peak_memory(device):
@@ -205,8 +208,7 @@ def place(model, device):
 def readable_errors(memory_hint):
     """Turns an out-of-memory error, and that of a collective operation whose peers are gone, into a UserError.
 
-    On a CPU, and in some versions of torch_npu, out of memory is a bare RuntimeError; so is what gloo raises. Only
-    their texts tell them.
+    On a CPU, and in some versions of torch_npu, both are bare RuntimeErrors. Only their texts tell them.
     """
     try:
         yield
@@ -216,8 +218,8 @@ def readable_errors(memory_hint):
         peers = ("gloo", "connection", "socket", "hccl", "timed out")
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in text for words in memory):
             raise UserError(f"memory ran out ({first_line(error)}); {memory_hint}") from None
-        if dist.is_initialized() and "DataLoader" not in text and (
-                isinstance(error, dist.DistError) or any(words in text.lower() for words in peers)):
+        lost = isinstance(error, dist.DistError) or any(words in text.lower() for words in peers)
+        if lost and dist.is_initialized() and "DataLoader" not in text:
             raise UserError(f"rank {dist.get_rank()}: lost the other processes ({first_line(error).split('. ')[0]})"
                             ) from None
         raise
@@ -225,31 +227,20 @@ def readable_errors(memory_hint):
 
 # ---- ranks
 
-def under_torchrun():
-    """True if torchrun, or something that sets all of its variables, started this process."""
-    return all(os.environ.get(name) for name in VARIABLES)
-
-
-def must_launch(args):
-    """True if this process must launch the ranks itself."""
-    return args.device_list is not None and not under_torchrun()
-
-
 def visible_devices(device, devices):
     """The devices to use, one rank each. This process and its children see only these, counted from 0.
 
     If the environment names some, those win: a scheduler or a user who sets that knows the machine.
     """
-    kinds = [kind for kind in VISIBLE if device in ("auto", kind) or (device, kind) == ("gpu", "cuda")]
-    for variable in (VISIBLE[kind] for kind in kinds):
+    listed = ",".join(devices)
+    variables = [variable for kind, variable in VISIBLE.items() if device in ("auto", kind)]
+    for variable in variables:
         by_hand = os.environ.get(variable)
         if by_hand:
-            if by_hand != ",".join(devices):
-                print(f"{PROG}: {variable}={by_hand} is set, it wins over --device_list {','.join(devices)}",
-                      file=sys.stderr)
+            if by_hand != listed:
+                print(f"{PROG}: {variable}={by_hand} is set, it wins over --device_list {listed}", file=sys.stderr)
             return by_hand.split(",")
-    for kind in kinds:
-        os.environ[VISIBLE[kind]] = ",".join(devices)
+    os.environ.update(dict.fromkeys(variables, listed))
     return devices
 
 
@@ -262,58 +253,51 @@ def launch(args, script):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // len(devices))))
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup, which torchrun would undo
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
+    logging.disable(logging.CRITICAL)  # torchrun's report; the ranks say what is wrong
     if args.local_addr:
         os.environ.setdefault("HCCL_IF_IP", args.local_addr)
-    logging.disable(logging.CRITICAL)  # torchrun's report; the ranks say what is wrong
-    own = add_launch_flags(Parser(add_help=False))
-    own.add_argument("--device_list")
-    flags = [*own.parse_known_args()[1], "--device_list", ",".join(devices)]
+    own, flags = add_launch_flags(Parser(add_help=False)).parse_known_args()
+    own = [f"--{flag}={value}" for flag, value in vars(own).items() if value is not None]
+    if devices != args.device_list:
+        flags += ["--device_list", ",".join(devices)]
+    if not (args.master_addr or args.master_port):
+        own.append("--standalone")
+    # A machine tries to reach machine 0 twice, each time for the whole of torchrun's timeout.
+    timeout = max(1, args.timeout // 2) if args.node_rank else args.timeout
     with tempfile.TemporaryDirectory(prefix="fcn8s-") as logs:
         try:
-            torchrun.main([*map(str, meeting(args)), "--log_dir", logs, "--nproc_per_node", str(len(devices)),
-                           "--max_restarts", str(args.max_restarts or 0), script, *flags])
+            torchrun.main([*own, f"--rdzv_conf=timeout={timeout}", f"--log_dir={logs}",
+                           f"--nproc_per_node={len(devices)}", script, *flags])
         except SignalException as stopped:
             return 128 + stopped.sigval
         except ChildFailedError as error:
-            return status_of(error)
-        except RuntimeError as error:  # a port in use, a machine that does not answer or does not come
-            if not isinstance(error, dist.DistError) and "EADDRINUSE" not in str(error):
-                raise
-            where = f"{args.addr or '127.0.0.1'}:{args.master_port or DEFAULT_PORT}"
+            return status_of(error.failures)
+        except RuntimeError as error:
+            address, port = args.master_addr or DEFAULT_ADDRESS, args.master_port or DEFAULT_PORT
             if "EADDRINUSE" in str(error):
-                raise UserError(f"port {where.split(':')[-1]} is in use on this machine; name another by --master_port"
-                                ) from None
-            raise UserError(f"could not meet the other machines at {where} within {args.timeout} s, the --timeout "
-                            f"({first_line(error)})") from None
+                raise UserError(f"port {port} is in use on this machine; name another by --master_port") from None
+            if isinstance(error, dist.DistError):  # a machine that does not answer or does not come
+                raise UserError(f"could not meet the other machines at {address}:{port} within {args.timeout} s, the "
+                                f"--timeout ({first_line(error)})") from None
+            raise
     return 0
 
 
-def meeting(args):
-    """torchrun's flags about where the machines meet."""
-    if not (args.addr or args.master_port):
-        return ["--standalone"]
-    # A machine tries to reach machine 0 twice, each time for the whole of torchrun's timeout.
-    timeout = max(1, args.timeout // 2) if args.node_rank else args.timeout
-    flags = ["--nnodes", args.nnodes or 1, "--node_rank", args.node_rank or 0, "--master_addr",
-             args.addr or "127.0.0.1", "--master_port", args.master_port or DEFAULT_PORT,
-             "--rdzv_conf", f"timeout={timeout}"]
-    return flags + (["--local_addr", args.local_addr] if args.local_addr else [])
-
-
-def status_of(error):
+def status_of(failures):
     """The exit status of a run whose ranks failed. Reports those that were killed, which could not do so themselves.
 
-    The status of a stop comes first: a peer that lost a stopped rank fails within the same second, and torchrun's
-    timestamps are whole seconds.
+    failures: {rank: torchrun's ProcessFailure}. Their timestamps are whole seconds, too coarse to tell the first.
     """
-    codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
-    for rank, code in codes.items():
-        if -code in CRASHES:
-            print(f"{PROG}: error: rank {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
-    stops = [code for code in codes.values() if code - 128 in STOP_SIGNALS]
-    crashes = [128 - code for code in codes.values() if -code in CRASHES]
-    failures = [code for code in codes.values() if code > 0]
-    return [*stops, *crashes, *failures, 128 + signal.SIGTERM][0]  # the last: torchrun's, to the peers of a failed rank
+    statuses = []
+    for rank, failure in sorted(failures.items()):
+        code = failure.exitcode
+        if code < 0 and -code not in STOP_SIGNALS:
+            print(f"{PROG}: error: rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
+            code = 128 - code
+        statuses.append(code)
+    # A stop comes first, which its peers fail of; then a crash. Negative: torchrun's SIGTERM, to a failed rank's peers.
+    status = max([status for status in statuses if status - 128 in STOP_SIGNALS] or statuses)
+    return status if status > 0 else 128 - status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,25 +345,24 @@ def join_ranks(args):
         visible_devices(args.device, args.device_list)
     rank, local_rank, count, here = (int(os.environ.get(name) or 1) for name in (
         "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    device = choose_device(args.device)
-    if count > 1:
-        limit = timedelta(seconds=args.timeout)
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Python handler does not run in the C++ rendezvous
-        try:
-            # After a restart, gloo would wait on the addresses of the attempt before: each attempt has a prefix.
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-                                     next(dist.rendezvous("env://", timeout=limit))[0])
-            dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=count, timeout=limit)
-        except (dist.DistError, RuntimeError) as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise UserError(f"rank {rank} could not meet the other processes at {where} within {args.timeout} s "
-                            f"({first_line(error)})") from None
-        signal.signal(signal.SIGINT, interrupt)
-    pids = [os.getpid()] * count
-    if count > 1:
-        dist.all_gather_object(pids, os.getpid())
-    first = rank - local_rank
-    return Ranks(device, rank, count, local_rank, here, tuple(pids[first:first + here]))
+    device = choose_device(args.device, local_rank=local_rank)
+    if count == 1:
+        return Ranks(device)
+    limit = timedelta(seconds=args.timeout)
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Python handler does not run in the C++ rendezvous
+    try:
+        # After a restart, gloo would wait on the addresses of the attempt before: each attempt has a prefix.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+                                 next(dist.rendezvous("env://", timeout=limit))[0])
+        dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=count, timeout=limit)
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"rank {rank} could not meet the other processes at {where} within {args.timeout} s "
+                        f"({first_line(error)})") from None
+    signal.signal(signal.SIGINT, interrupt)
+    pids = [0] * count
+    dist.all_gather_object(pids, os.getpid())
+    return Ranks(device, rank, count, local_rank, here, tuple(pids[rank - local_rank:][:here]))
 
 
 class Stop:
@@ -422,14 +405,11 @@ class Stop:
         self.deferred = True
 
     def agreed(self, iteration):
-        """The signal on which the run stops after this iteration, else 0; the same in every rank.
-
-        On accelerators only every STOP_INTERVAL-th iteration asks, as asking waits for the device.
-        """
+        """The signal on which the run stops after this iteration, else 0; the same in every rank."""
         if self.ranks.count == 1:
             return self.number
         if self.ranks.device.type != "cpu" and iteration % STOP_INTERVAL:
-            return 0
+            return 0  # asking waits for the device
         number = torch.tensor([self.number], device=self.ranks.device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)

@@ -25,17 +25,22 @@ if has_npu; then set_up_cann; fi
 
 die() { echo "$0: $*" >&2; exit 1; }
 
-has_modules() {  # PYTHON MODULE...: false if one cannot be imported, or PyTorch is too old; $missing says which
-    local probe=$1
-    for missing in "${@:2}"; do "$probe" -c "import $missing" >/dev/null 2>&1 || return 1; done
-    missing="torch 2.6 or later"
-    "$probe" -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)' >/dev/null 2>&1
+has_modules() {  # PYTHON MODULE...: false if one is not installed, or PyTorch is too old; $missing says which
+    missing=$("$1" -c '
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+lacks = [name for name in (*sys.argv[1:], "torch") if find_spec(name) is None]
+if not lacks and tuple(map(int, version("torch").split(".")[:2])) < (2, 6):
+    lacks = ["torch 2.6 or later"]
+if lacks:
+    sys.exit(lacks[0])' "${@:2}" 2>&1)
 }
 
 # Sets $python to $PYTHON (python3) if that has PyTorch and the modules, otherwise to the Python of .venv, and installs
 # them there if need be.
 find_python() {  # REQUIREMENTS MODULE...
-    local requirements=$1 own=${PYTHON:-python3} venv lacks
+    local requirements=$1 own=${PYTHON:-python3} venv missing lacks
     venv=$(dirname "${BASH_SOURCE[0]}")/.venv
     command -v "$own" >/dev/null || die "there is no $own; set PYTHON to a Python of version 3.10 or later"
     python=$own

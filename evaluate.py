@@ -11,27 +11,15 @@ from pathlib import Path
 
 from cli import MAX_BATCH, PROG, Parser, UserError, file_path, number, run  # isort: skip, see cli
 
+import device
 import visualize
 from data import open_split, val_batches
-from device import (
-    add_device_flags,
-    check_device_flags,
-    describe,
-    join_ranks,
-    launch,
-    must_launch,
-    place,
-    readable_errors,
-    synchronize,
-)
 from files import check_new_file, check_no_overlap, check_writable, write_whole
 from inference import Protocol, add_protocol_flags, check_protocol, evaluate
 from metrics import MEANS, for_json, format_table, scores_of, summary
 from voc import LISTS, read_classes
 from weights import Checkpoint, add_network_flags
 from work_dir import write_summary
-
-FOLDERS = {"compared": ".png", "overlay": ".jpg"}  # sub-folders of --save_dir
 
 
 def parse_args(argv=None):
@@ -63,23 +51,20 @@ def parse_args(argv=None):
     how = add_protocol_flags(parser)
     how.add_argument("--batch_size", type=number(1, MAX_BATCH), metavar="N",
                      help="images of one shape that run together (default: 1 on a CPU, else 8)")
-    add_device_flags(parser)
+    device.add_device_flags(parser)
     args = parser.parse_args(argv)
-    check_device_flags(parser, args)
+    device.check_device_flags(parser, args)
     check_protocol(parser, args)
     if args.overlay and not args.save_dir:
         parser.error("--overlay has no effect without --save_dir")
-    if args.json and args.json.resolve() == Path(args.checkpoint).resolve():
-        parser.error(f"--json {args.json} would overwrite the checkpoint; name another file")
     return args
 
 
 def main(args):
-    if must_launch(args):
-        return launch(args, __file__)
-    started, ranks = time.perf_counter(), join_ranks(args)
-    device = ranks.device
-    with readable_errors("lower --batch_size or --scale, or use windows by --slide"):
+    if device.must_launch(args):
+        return device.launch(args, __file__)
+    started, ranks = time.perf_counter(), device.join_ranks(args)
+    with device.readable_errors("lower --batch_size or --scale, or use windows by --slide"):
         checkpoint = Checkpoint.read(args.checkpoint, args.backbone, args.at_once)
         model = checkpoint.network()
         names = class_names(args, checkpoint)
@@ -87,33 +72,32 @@ def main(args):
         lists = checkpoint.meta.get("lists")
         data = open_split(args.data_path, args.split, lists)
         write = picture_writer(args, data, names, checkpoint.colours()) if args.save_dir else None
-        if args.json is not None:
-            list_files = Path(args.data_path, LISTS).glob("*.txt")
-            read = [*data.files(), *list_files, *([args.classes] if args.classes else [])]
-            check_no_overlap(read, [args.json], f"--json {args.json}")
+        if args.json:
+            read = [args.checkpoint, *data.files(), *Path(args.data_path, LISTS).glob("*.txt")]
+            check_no_overlap([*read, args.classes] if args.classes else read, [args.json], f"--json {args.json}")
             check_new_file(args.json)
         sizes = ranks.once_a_machine(lambda: data.check(len(names), args.max_images))
         protocol.check(sizes)
-        model = place(model, device)
+        model = device.place(model, ranks.device)
         if ranks.rank == 0:
             whose = " of the checkpoint's lists" if (lists or {}).get(args.split) == data.ids else ""
+            where = f"{ranks.count} x {device.describe(ranks.device, args.device)}"
             print(f"{checkpoint.backbone} from {checkpoint.source}: {checkpoint.kind}\n{len(sizes)} images of "
-                  f"'{args.split}'{whose}, {protocol}, on {ranks.count} x {describe(device, args.device)}, "
-                  f"{protocol.precision(device)}", flush=True)
+                  f"'{args.split}'{whose}, {protocol}, on {where}, {protocol.precision(ranks.device)}", flush=True)
             font = visualize.missing_font(names) if args.save_dir else None
             if font:
                 print(f"note: {font}")
         since = time.perf_counter()
         batches = val_batches(data, sizes, protocol, args.workers, ranks)
-        confusion = evaluate(model, batches, protocol, ranks, write, len(sizes) // ranks.count)
-        synchronize(device)
+        scores = scores_of(evaluate(model, batches, protocol, ranks, write, len(sizes) // ranks.count))
         seconds = time.perf_counter() - since
         if ranks.rank == 0:
-            report(args, scores_of(confusion), names, len(sizes), seconds, checkpoint)
-            if checkpoint.training is not None:  # of train.py: the Ascend port's summary in its folder
-                values = {"Split": args.split, "Images": len(sizes), **fractions(scores_of(confusion)),
+            report(args, scores, names, len(sizes), seconds, checkpoint)
+            if checkpoint.training is not None:  # of train.py
+                values = {"Split": args.split, "Images": len(sizes),
+                          **{name: None if math.isnan(scores[name]) else scores[name] / 100 for name in MEANS},
                           "ValTime": seconds, "E2EValTime": time.perf_counter() - started}
-                write_val_summary(args, checkpoint, protocol.batch_on(device), ranks.count, values)
+                write_val_summary(args, checkpoint, protocol.batch_on(ranks.device), ranks.count, values)
         ranks.leave()
     return 0
 
@@ -134,19 +118,13 @@ def report(args, scores, names, images, seconds, checkpoint):
     print(f"{summary(scores)}  ({images / seconds:.2f} images/s)")
     if args.save_dir:
         print(f"pictures in {args.save_dir}")
-    if args.json is None:
-        return
-    scores = for_json(scores, names)
-    classes = {name: {"IoU": scores["IoU"][name], "Acc": scores["Acc"][name]} for name in names}
-    result = {"checkpoint": args.checkpoint, "iteration": checkpoint.iteration(), "split": args.split,
-              "images": images, "aAcc": scores["aAcc"], "mIoU": scores["mIoU"], "mAcc": scores["mAcc"],
-              "images_per_second": images / seconds, "seconds": seconds, "classes": classes}
-    write_whole(args.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-
-
-def fractions(scores):
-    """The means as the port has them: fractions, None for NaN."""
-    return {name: None if math.isnan(scores[name]) else scores[name] / 100 for name in MEANS}
+    if args.json:
+        scores = for_json(scores, names)
+        classes = {name: {"IoU": scores["IoU"][name], "Acc": scores["Acc"][name]} for name in names}
+        result = {"checkpoint": args.checkpoint, "iteration": checkpoint.iteration(), "split": args.split,
+                  "images": images, **{name: scores[name] for name in MEANS},
+                  "images_per_second": images / seconds, "seconds": seconds, "classes": classes}
+        write_whole(args.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_val_summary(args, checkpoint, batch_size, cards, values):
@@ -160,22 +138,25 @@ def write_val_summary(args, checkpoint, batch_size, cards, values):
 def picture_writer(args, data, names, colours):
     """For evaluate's `each`: writes the pictures of an image into --save_dir, where nothing of the data lies."""
     folder = args.save_dir
-    kinds = {"compared": FOLDERS["compared"], **({"overlay": FOLDERS["overlay"]} if args.overlay else {})}
-    written = [folder / f"{name}.png" for name in data.ids] + [
-        folder / kind / f"{name}{suffix}" for name in data.ids for kind, suffix in kinds.items()]
+
+    def files(name):
+        overlay = [folder / "overlay" / f"{name}.jpg"] if args.overlay else []
+        return [folder / f"{name}.png", folder / "compared" / f"{name}.png", *overlay]
+
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in data.ids):
         raise UserError(f"--save_dir {folder}: the list has ids that lead out of the data folder; take another list")
-    check_no_overlap(data.files(), written, f"--save_dir {folder}")
+    check_no_overlap(data.files(), [file for name in data.ids for file in files(name)], f"--save_dir {folder}")
     check_writable(folder)
 
     def write(index, prediction):
         image, label = data[index]
-        image, name = image.permute(1, 2, 0).numpy(), data.ids[index]
-        visualize.save(visualize.class_picture(prediction, colours), folder / f"{name}.png")
-        compared = visualize.comparison(image, label.numpy(), prediction, names, colours)
-        visualize.save(compared, folder / "compared" / f"{name}.png")
+        image = image.permute(1, 2, 0).numpy()
+        pictures = [visualize.class_picture(prediction, colours),
+                    visualize.comparison(image, label.numpy(), prediction, names, colours)]
         if args.overlay:
-            visualize.save(visualize.overlay(image, prediction, names, colours), folder / "overlay" / f"{name}.jpg")
+            pictures.append(visualize.overlay(image, prediction, names, colours))
+        for picture, file in zip(pictures, files(data.ids[index]), strict=True):
+            visualize.save(picture, file)
     return write
 
 

@@ -1,13 +1,12 @@
 """Writes a trained network as an ONNX file: `python export.py CHECKPOINT model.onnx`, checked with ONNX Runtime."""
 import importlib.util
 import warnings
-from pathlib import Path
 
 from cli import MAX_SIDE, Parser, UserError, file_path, number, run  # isort: skip, see cli
 import numpy as np
 import torch
 
-from files import check_new_file, whole_file
+from files import check_new_file, check_no_overlap, whole_file
 from transforms import normalise
 from weights import Checkpoint, add_network_flags
 
@@ -23,17 +22,14 @@ def parse_args(argv=None):
     parser.add_argument("file", metavar="FILE", type=file_path, help="the ONNX file")
     parser.add_argument("--size", type=number(1, MAX_SIDE), nargs=2, metavar=("HEIGHT", "WIDTH"),
                         help="one fixed shape, batch 1, in pixels (default: any batch and size)")
-    args = parser.parse_args(argv)
-    if args.file.resolve() == Path(args.checkpoint).resolve():
-        parser.error(f"{args.file} would overwrite the checkpoint; name another file")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(args):
-    """Writes the network of a checkpoint as an ONNX file, if ONNX Runtime then computes what PyTorch does."""
     missing = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"the export needs packages that are missing; pip install {' '.join(missing)}")
+    check_no_overlap([args.checkpoint], [args.file], "FILE")
     check_new_file(args.file)
     checkpoint = Checkpoint.read(args.checkpoint, args.backbone, args.at_once)
     network = WithPreparation(checkpoint.network()).eval()
@@ -67,15 +63,13 @@ def write_onnx(network, names, shape, path, dynamic):
 
     The file's metadata have the names of the classes under `classes`, one a line.
     """
-    import onnx  # only here: nothing else needs it
-
-    axes = {0: "batch", 2: "height", 3: "width"}
+    import onnx  # here, as nothing else needs it
+    axes = {0: "batch", 2: "height", 3: "width"} if dynamic else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter is the older of PyTorch's two
         # The newer one (dynamo=True) needs onnxscript, whose releases for PyTorch 2.6 fix the size.
         torch.onnx.export(network, (random_images(shape),), path, input_names=["images"], output_names=["logits"],
-                          opset_version=OPSET, dynamo=False,
-                          dynamic_axes={"images": axes, "logits": axes} if dynamic else None)
+                          opset_version=OPSET, dynamo=False, dynamic_axes={"images": axes, "logits": axes})
     file = onnx.load(path)
     onnx.helper.set_model_props(file, {"classes": "\n".join(names)})
     onnx.save(file, path)
@@ -83,8 +77,7 @@ def write_onnx(network, names, shape, path, dynamic):
 
 def onnx_difference(network, path, shape):
     """The largest difference between ONNX Runtime's and PyTorch's logits, relative to the largest logit."""
-    import onnxruntime  # only here: nothing else needs it
-
+    import onnxruntime
     images = random_images(shape)
     with torch.inference_mode():
         expected = network(images).numpy()

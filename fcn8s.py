@@ -26,8 +26,6 @@ class FCN8s(nn.Module):
     """A segmentation network: images [N, 3, H, W], normalised RGB, any H and W of at least 1 -> a dict of
 
     out: logits [N, C, H, W]; aux: those of the auxiliary head, in training mode if the network has that head.
-
-    Raises UserError for a backbone that is not in the table.
     """
 
     def __init__(self, num_classes=21, backbone="resnet50_d8"):
@@ -99,18 +97,12 @@ class VGG16(nn.Module):
         self.conv1_1.padding, self.fc6.padding = (first, first), (fc6, fc6)
 
     def from_imagenet(self, state):
-        """torchvision's VGG-16 under our names: its convolutions in order, its first two linear layers as fc6, fc7.
-
-        Raises UserError if it has another number of layers.
-        """
+        """torchvision's VGG-16 under our names: its convolutions in order, its first two linear layers as fc6, fc7."""
         if "fc6.weight" in state:
             return state
-        names = list(dict(self.named_children()))
         layers = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
-        if len(layers) != len(names) + 1:  # and the class layer, which is left out
-            raise UserError(f"does not fit vgg16, it has {len(layers)} layers with weights, not {len(names) + 1}")
         converted = {}
-        for name, layer in zip(names, layers, strict=False):
+        for (name, _), layer in zip(self.named_children(), layers, strict=False):  # the class layer is left out
             weight = state[f"{layer}.weight"]
             shape = getattr(self, name).weight.shape
             converted[f"{name}.weight"] = weight.reshape(shape) if weight.numel() == shape.numel() else weight
@@ -350,6 +342,7 @@ def upsample(logits, size):
 # ---- the table of backbones; to add one, write its class (see ResNet for what it must offer) and a row
 
 OPENMMLAB = "https://download.openmmlab.com/pretrain/third_party/"
+TORCHVISION = "https://download.pytorch.org/models/"
 MMSEG = "https://download.openmmlab.com/mmsegmentation/v0.5/fcn/"
 R50_VOC, R101_VOC = "fcn_r50-d8_512x512_20k_voc12aug", "fcn_r101-d8_512x512_20k_voc12aug"
 
@@ -359,8 +352,7 @@ class Backbone:
     """A row of the table.
 
     network: the class of the backbone
-    imagenet: where its ImageNet weights are: a URL, whose file name ends in the first 8 digits of the file's SHA-256,
-        or the name of a torchvision weights enum, say "ResNet50_Weights.IMAGENET1K_V1"; None: there are none
+    imagenet: the URL of its ImageNet weights, whose file name ends in the first 8 digits of the file's SHA-256; or None
     voc: the URL of a whole network trained on VOC 2012 + SBD, which goes by the name "<backbone>_voc"; or None
     lr: the default learning rate
     """
@@ -375,8 +367,8 @@ BACKBONES = {
                             f"{MMSEG}{R50_VOC}/{R50_VOC}_20200617_010715-52dc5306.pth"),
     "resnet101_d8": Backbone(ResNet101D8, OPENMMLAB + "resnet101_v1c-e67eebb6.pth",
                              f"{MMSEG}{R101_VOC}/{R101_VOC}_20200617_010842-0bb4e798.pth"),
-    "resnet50": Backbone(ResNet50, "ResNet50_Weights.IMAGENET1K_V1"),
-    "vgg16": Backbone(VGG16, "VGG16_Weights.IMAGENET1K_V1", lr=1e-3),  # without BN, 1e-2 is too high
+    "resnet50": Backbone(ResNet50, TORCHVISION + "resnet50-0676ba61.pth"),
+    "vgg16": Backbone(VGG16, TORCHVISION + "vgg16-397923af.pth", lr=1e-3),  # without BN, 1e-2 is too high
 }
 DEFAULT_BACKBONE = "resnet50_d8"
 VOC_SUFFIX = "_voc"

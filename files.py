@@ -51,7 +51,7 @@ def link_or_copy(source, target):
 
 def remove_leftovers(folder):
     """Deletes the temporary files in a folder whose writers were killed."""
-    for leftover in Path(folder).glob(TEMPORARY.format(16 * "[0-9a-f]")):
+    for leftover in folder.glob(TEMPORARY.format(16 * "[0-9a-f]")):
         with contextlib.suppress(OSError), open(leftover, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the writer lives
             leftover.unlink()
@@ -59,8 +59,7 @@ def remove_leftovers(folder):
 
 def check_writable(folder):
     """Raises OSError unless files can be written into `folder` or, if it does not exist, its nearest parent."""
-    folder = Path(folder)
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -77,8 +76,8 @@ def check_new_file(path):
 
 
 def check_no_overlap(read, written, flag):
-    """Raises OSError if a file of `written` is one of `read`, by its own name or through links."""
-    inputs = {kind for path in read for kind in (os.path.abspath(path), os.path.realpath(path))}
+    """Raises OSError if a file of `written` is one of `read`, be it through links."""
+    inputs = set(map(os.path.realpath, read))
     for path in written:
-        if os.path.abspath(path) in inputs or os.path.realpath(path) in inputs:
+        if os.path.realpath(path) in inputs:
             raise OSError(None, f"{flag} would overwrite this file; name another place", str(path))

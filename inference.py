@@ -16,11 +16,10 @@ from amp import AMP_DTYPES, convolutions, name_of
 from cli import MAX_SIDE, UserError, number
 from device import choose_device, place
 from metrics import confusion_matrix
-from transforms import fit_into, prepare, scaled_size, stack_images
+from transforms import fit_into, prepare, scaled_size
 from voc import read_image, to_rgb
 from weights import Checkpoint
 
-MAX_RATIO = 100
 STRIP_VALUES = 2 ** 26  # logits that are enlarged at once: 256 MiB of float32
 TOGETHER = 8  # images that run at once on an accelerator, which a single one does not fill
 TOGETHER_PIXELS = TOGETHER * 2 ** 20  # of all of them at most: 8 images of 2048x512
@@ -35,7 +34,7 @@ def add_protocol_flags(parser):
     how.add_argument("--pad_to", type=number(1, MAX_SIDE), metavar="N",
                      help="pad each image right and bottom to N x N pixels, so that every shape is the same (default: "
                           "no padding)")
-    how.add_argument("--ratios", type=number(0, MAX_RATIO, float, without=(0,)), nargs="+", metavar="R", default=(1.0,),
+    how.add_argument("--ratios", type=number(0, 100, float, without=(0,)), nargs="+", metavar="R", default=(1.0,),
                      help="average over these multiples of the scale, say 0.5 0.75 1.0 1.25 1.5 1.75 (default: 1)")
     how.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
     how.add_argument("--slide", type=number(1, MAX_SIDE), nargs=2, metavar=("CROP", "STRIDE"),
@@ -81,8 +80,8 @@ class Protocol:
     @classmethod
     def of(cls, args):
         """The protocol that the flags of `add_protocol_flags` give."""
-        names = [field.name for field in dataclasses.fields(cls) if hasattr(args, field.name)]
-        return cls(**{name: getattr(args, name) for name in names})
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in vars(args).items() if name in names})
 
     def with_scale_of(self, checkpoint):
         """The same; a scale of None becomes the checkpoint's, with the padding that it was evaluated with."""
@@ -104,23 +103,19 @@ class Protocol:
         return name_of(AMP_DTYPES[device.type]) if self.amp else "float32"
 
     def scales(self):
-        """The (long, short) of each ratio; None for the image's own size."""
+        """The (long, short) of each ratio; None for the image's own size. Raises UserError if a ratio cannot be."""
         if self.scale is None:
+            if self.ratios != (1.0,):
+                raise UserError("--ratios are multiples of a scale; add --scale LONG SHORT")
             return [None]
-        return [tuple(int(side * ratio) for side in self.scale) for ratio in self.ratios]
-
-    def check_scales(self):
-        """Raises UserError for ratios that cannot be."""
-        if self.ratios != (1.0,) and self.scale is None:
-            raise UserError("--ratios are multiples of a scale; add --scale LONG SHORT")
-        for scale in self.scales():
-            if scale and min(scale) < 1:
-                raise UserError(f"--ratios: {min(self.ratios)} of {self.scale[0]}x{self.scale[1]} leaves no pixel; "
-                                "take a larger one")
+        scales = [tuple(int(side * ratio) for side in self.scale) for ratio in self.ratios]
+        if min(map(min, scales)) < 1:
+            raise UserError(f"--ratios: {min(self.ratios)} of {self.scale[0]}x{self.scale[1]} leaves no pixel; take a "
+                            "larger one")
+        return scales
 
     def check(self, sizes):
         """Raises UserError if images of these (H, W) cannot go through."""
-        self.check_scales()
         for scale in self.scales():
             largest = max(max(size if scale is None else scaled_size(*size, *scale)) for size in sizes)
             if self.pad_to and largest > self.pad_to:
@@ -148,7 +143,7 @@ class Predictor:
         self.names = self.checkpoint.names() or tuple(f"class {number}" for number in range(model.num_classes))
         self.colours = self.checkpoint.colours()
         self.protocol = protocol.with_scale_of(self.checkpoint)
-        self.protocol.check_scales()
+        self.protocol.scales()  # raises if they cannot be
         self.model = place(model, self.device).eval()
 
     def __call__(self, photograph):
@@ -170,7 +165,7 @@ class Predictor:
 def classify(model, image, protocol, device):
     """The class map of one image: uint8 NumPy [H, W]. `model` is in evaluation mode."""
     protocol.check([tuple(image.shape[1:])])
-    scaled = [stack_images([fit_into(image, scale)]) for scale in protocol.scales()]
+    scaled = [fit_into(image, scale).permute(1, 2, 0)[None].contiguous() for scale in protocol.scales()]
     return class_maps(model, scaled, image.shape[1:], protocol, device)[0].cpu().numpy()
 
 
@@ -185,7 +180,7 @@ def evaluate(model, batches, protocol, ranks, each=None, total=None):
     model.eval()
     confusion = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64, device=device)
     with tqdm(total=total, desc="evaluating", unit="image", leave=False, disable=None) as progress:
-        for indices, scaled, labels in batches:
+        for indices, (scaled, labels) in batches:
             predictions = class_maps(model, scaled, labels.shape[1:], protocol, device)
             labels = labels.to(device, non_blocking=True)
             for index, label, prediction in zip(indices, labels, predictions, strict=True):
@@ -210,10 +205,9 @@ def class_maps(model, scaled, size, protocol, device):
 def predict(model, images, protocol):
     """The network's logits of images uint8 [N, h, w, 3] of one scale: a list of [N, C, h, w], of the images and, with
     `flip`, of their mirror images, mirrored back."""
-    size, pad_to = tuple(images.shape[1:3]), protocol.pad_to
-    inputs = prepare(images, model.form)
-    if pad_to:
-        inputs = F.pad(inputs, (0, pad_to - size[1], 0, pad_to - size[0]))
+    size, inputs = tuple(images.shape[1:3]), prepare(images, model.form)
+    if protocol.pad_to:
+        inputs = F.pad(inputs, (0, protocol.pad_to - size[1], 0, protocol.pad_to - size[0]))
 
     def logits_of(inputs):
         logits = slide_windows(model, inputs, *protocol.slide) if protocol.slide else model(inputs, size)["out"]
@@ -260,13 +254,12 @@ def class_map(views, size):
         scores = enlarge_rows(views[0], rows, size)
         if len(views) > 1:
             scores = sum((enlarge_rows(view, rows, size).softmax(0) for view in views[1:]), scores.softmax(0))
-        parts.append(scores.argmax(0).byte())
+        parts.append(scores.max(0).indices.byte())  # of the first, as argmax, which is slow on a CPU
     return torch.cat(parts)
 
 
 def enlarge_rows(logits, rows, size):
-    """Some rows of logits [C, h, w] enlarged to `size`: [C, len(rows), size[1]]. First each row from the two it lies
-    between, then its columns."""
+    """Some rows of logits [C, h, w] enlarged to `size`: [C, len(rows), size[1]]. First the rows, then the columns."""
     height = logits.shape[1]
     source = ((rows + 0.5) * (height / size[0]) - 0.5).clamp(min=0)
     upper = source.long()

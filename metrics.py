@@ -1,8 +1,4 @@
-"""What is measured: the confusion matrix, the scores of it and how they are printed; the speed of a training.
-
-Shapes: a label or class map is uint8 [H, W]; a confusion matrix int64 [C, C], row: the label's class, column: the
-predicted one; C classes.
-"""
+"""The confusion matrix, its scores and their table; the speed of a training."""
 import math
 import time
 import unicodedata
@@ -18,7 +14,7 @@ MEANS = ("aAcc", "mIoU", "mAcc")
 
 
 def confusion_matrix(label, prediction, num_classes):
-    """uint8 tensors [H, W] -> int64 [C, C], row: the label's class, column: the predicted one, without IGNORE."""
+    """uint8 [H, W] each -> int64 [C, C], row: the label's class, column: the predicted one; IGNORE is left out."""
     pairs, length = label.int().mul_(num_classes).add_(prediction).ravel(), (IGNORE + 1) * num_classes
     if label.device.type == "cpu":  # torch.bincount takes int32 on a CPU, twice as fast as NumPy's int64
         counts = torch.bincount(pairs, minlength=length)
@@ -59,9 +55,8 @@ def for_json(scores, names):
     def finite(value):
         return None if math.isnan(value) else value
 
-    return {**{name: finite(scores[name]) for name in MEANS},
-            **{name: {cls: finite(value) for cls, value in zip(names, scores[name], strict=True)}
-               for name in ("IoU", "Acc")}}
+    return {name: finite(value) if name in MEANS else dict(zip(names, map(finite, value), strict=True))
+            for name, value in scores.items()}
 
 
 def format_table(scores, classes):
@@ -94,6 +89,7 @@ class Speed:
 
     def start(self):
         """Begins to count anew."""
+        synchronize(self.device)
         self.iterations, self.waited, self.since = 0, 0.0, time.perf_counter()
 
     def count(self, waited):
@@ -102,15 +98,14 @@ class Speed:
         self.waited += waited
         if self.skip:
             self.skip -= 1
-            synchronize(self.device)
             self.start()
 
     def read(self):
         """dict: fps (images/s), iter_time and data_time (seconds an iteration); None each if nothing was counted.
         Begins to count anew."""
-        if not self.iterations:
-            return {"fps": None, "iter_time": None, "data_time": None}
-        synchronize(self.device)
-        seconds, waited = ((time.perf_counter() - self.since) / self.iterations, self.waited / self.iterations)
+        iterations, waited, since = self.iterations, self.waited, self.since
         self.start()
-        return {"fps": self.images / seconds, "iter_time": seconds, "data_time": waited}
+        if not iterations:
+            return {"fps": None, "iter_time": None, "data_time": None}
+        seconds = (self.since - since) / iterations
+        return {"fps": self.images / seconds, "iter_time": seconds, "data_time": waited / iterations}

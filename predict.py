@@ -36,26 +36,31 @@ def parse_args(argv=None):
 
 def main(args):
     """Labels photographs, each read once. One that cannot be labelled is an error line and status 1."""
-    every, skipped = find_photographs(args.photographs, args.save_dir)
-    found, problems = one_of_each_name(every)
-    written = [target for name in found.values() for target in targets(args.save_dir, name, args.overlay).values()]
-    check_no_overlap(every, written, f"--save_dir {args.save_dir}")
+    found, skipped = find_photographs(args.photographs, args.save_dir)
+    paths, problems = {}, []
+    for path, name in found.items():
+        if paths.setdefault(name, path) != path:
+            problems.append(f"{path}: its pictures would have the names of those of {paths[name]}; label it into "
+                            "another --save_dir")
+    written = {name: targets(args.save_dir, name, args.overlay) for name in paths}
+    every_target = [target for files in written.values() for target in files]
+    check_no_overlap(found, every_target, f"--save_dir {args.save_dir}")
     check_writable(args.save_dir)
     if args.csv:
-        check_no_overlap([*every, *written, args.checkpoint], [args.csv], f"--csv {args.csv}")
+        check_no_overlap([*found, *every_target, args.checkpoint], [args.csv], f"--csv {args.csv}")
         check_new_file(args.csv)
     predictor = Predictor(args.checkpoint, args.device, args.device_id, args.backbone, args.at_once, Protocol.of(args))
     print(f"{predictor.checkpoint.backbone} from {predictor.checkpoint.source}: {predictor.checkpoint.kind}\n"
-          f"{len(found)} photographs, {predictor.protocol}, on {describe(predictor.device, args.device)}, "
+          f"{len(paths)} photographs, {predictor.protocol}, on {describe(predictor.device, args.device)}, "
           f"{predictor.protocol.precision(predictor.device)}")
     font = visualize.missing_font(predictor.names) if args.overlay else None
     for line in [*skipped, *([f"note: {font}"] if font else [])]:
         print(line)
     shares = {}
-    for path, name in tqdm(found.items(), "labelling", unit="photograph", leave=False, disable=None):
+    for name, path in tqdm(paths.items(), "labelling", unit="photograph", leave=False, disable=None):
         try:
             with readable_errors(f"{path} needs a smaller --scale, or windows by --slide"):
-                shares[path] = label(predictor, path, targets(args.save_dir, name, args.overlay))
+                shares[path] = label(predictor, path, *written[name])
         except (UserError, OSError) as error:
             problems.append(str(error))
     if args.csv:
@@ -76,7 +81,7 @@ def find_photographs(inputs, save_dir):
         if not given.exists():
             raise UserError(f"{given}: there is no such photograph or folder")
         if not given.is_dir():
-            found.setdefault(given, given.with_suffix("").name)
+            found.setdefault(given, given.stem)
             continue
         for path in sorted(given.rglob("*")):
             inside = given.resolve() in out.parents and out in path.resolve().parents
@@ -92,29 +97,18 @@ def find_photographs(inputs, save_dir):
     return found, skipped
 
 
-def one_of_each_name(found):
-    """Leaves out photographs whose pictures would have the names of another's. -> ({path: name}, lines about them)"""
-    first, problems = {}, []
-    for path, name in found.items():
-        if first.setdefault(name, path) != path:
-            problems.append(f"{path}: its pictures would have the names of those of {first[name]}; label it into "
-                            "another --save_dir")
-    return {path: name for name, path in first.items()}, problems
-
-
 def targets(save_dir, name, overlay):
-    """The files that are written for a photograph: {kind: path}."""
-    files = {"classes": save_dir / f"{name}.png"}
-    return {**files, "overlay": save_dir / "overlay" / f"{name}.jpg"} if overlay else files
+    """The paths of a photograph's class map and, if asked for, of its overlay."""
+    return [save_dir / f"{name}.png", *([save_dir / "overlay" / f"{name}.jpg"] if overlay else [])]
 
 
-def label(predictor, path, files):
+def label(predictor, path, class_file, overlay_file=None):
     """Writes the pictures of one photograph. -> the share of each class, float [C]"""
     image = read_image(path).permute(1, 2, 0).numpy()
     classes = predictor(image)
-    visualize.save(visualize.class_picture(classes, predictor.colours), files["classes"])
-    if "overlay" in files:
-        visualize.save(visualize.overlay(image, classes, predictor.names, predictor.colours), files["overlay"])
+    visualize.save(visualize.class_picture(classes, predictor.colours), class_file)
+    if overlay_file:
+        visualize.save(visualize.overlay(image, classes, predictor.names, predictor.colours), overlay_file)
     return np.bincount(classes.ravel(), minlength=len(predictor.names)) / classes.size
 
 

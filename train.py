@@ -38,7 +38,6 @@ from device import (
     Stop,
     add_device_flags,
     check_device_flags,
-    describe,
     join_ranks,
     launch,
     must_launch,
@@ -52,7 +51,7 @@ from metrics import WARM_UP_ITERS, Speed, scores_of
 from transforms import prepare_batch
 from voc import IGNORE, palette
 from weights import load_resumed, load_start, resume
-from work_dir import end_lines, memory_hint, open_work_dir, start_lines, start_record
+from work_dir import memory_hint, open_work_dir, start_lines
 
 # Flags that shape the result; a checkpoint holds them.
 SHAPING = ("backbone", "train_split", "val_split", "crop_size", "scale", "pad_to", "batch_size", "accumulate",
@@ -120,7 +119,8 @@ def parse_args(argv=None):
     recipe.add_argument("--min_lr", type=not_negative, default=1e-4, help="and at the end (default: %(default)s)")
     recipe.add_argument("--power", type=not_negative, default=0.9,
                         help="of the polynomial between them (default: %(default)s)")
-    recipe.add_argument("--momentum", type=not_negative, default=0.9, help="of SGD (default: %(default)s)")
+    recipe.add_argument("--momentum", type=number(0, 1, float, without=(1,)), default=0.9,
+                        help="of SGD (default: %(default)s)")
     recipe.add_argument("--weight_decay", type=not_negative, default=5e-4, help="of SGD (default: %(default)s)")
     recipe.add_argument("--accumulate", type=number(1, MAX_BATCH), default=1, metavar="N",
                         help="batches whose gradients make one step, so that an iteration sees N x --batch_size images "
@@ -167,8 +167,6 @@ def check_flags(parser, args):
         args.lr = BACKBONES[args.backbone].lr
     if args.scale[0] < args.scale[1]:
         parser.error(f"--scale {args.scale[0]} {args.scale[1]}: the long side comes first")
-    if args.momentum >= 1:
-        parser.error(f"--momentum {args.momentum}: takes less than 1, or the steps grow without end")
     if args.min_lr > args.lr:
         parser.error(f"--min_lr {args.min_lr} is above --lr {args.lr}; the learning rate falls towards it")
     check_precision_flags(parser, args)
@@ -312,11 +310,9 @@ def main(args):
         if start:
             resume(optimizer, precision, data, start, progress)
             saved = progress.iteration
-        work_dir.open(start and start[0], progress, last)
+        work_dir.open(start and start[0], progress, last, args.tensorboard)
         del start  # it holds the weights and the momentum once more
-        if args.tensorboard:
-            work_dir.open_board(progress.iteration)
-        work_dir.add_record(start_record(args, data, describe(device, args.device), origin))
+        work_dir.add_record(args, data, device, origin)
         work_dir.log(start_lines(args, ranks, data, model, precision, last, origin, work_dir, AUX_WEIGHT))
 
         # loop
@@ -421,7 +417,7 @@ def main(args):
                 speed.start()
         progress.seconds = time.perf_counter() - began
         if work_dir.writes:
-            work_dir.log(end_lines(args, work_dir, work_dir.write_results(args, progress, ranks)))
+            work_dir.finish(args, progress, ranks)
         ranks.leave()
     return 0
 

@@ -41,18 +41,15 @@ def fit_into(image, scale):
 
 
 def source_pixels(side, out):
-    """Which of `side` pixels each of the `out` that a label is resized to takes: x takes floor(x side / out).
-
-    The order of the operations, in float64, is OpenCV's: where x side / out is whole, rounding decides.
-    """
+    """Which of `side` pixels each of the `out` that a label is resized to takes: x takes floor(x side / out)."""
+    # OpenCV's order of operations, in float64: where x side / out is whole, rounding decides.
     return (np.arange(out) * (1 / (out / side))).astype(np.int64).clip(max=side - 1)
 
 
 def count_classes(label, classes, rows, columns):
     """How many pixels of each class label[rows][:, columns] has; rows, columns: rising indices, some of them repeated.
-
-    It weights each source pixel by how often it would be sampled: exact, without making the crop.
     """
+    # Without making the crop: each source pixel counts as often as it would be sampled.
     in_rows, in_columns = np.bincount(rows - rows[0]), np.bincount(columns - columns[0]).astype(np.float32)
     region = label[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
     return [int(in_rows @ ((region == index).astype(np.float32) @ in_columns)) for index in classes]
@@ -104,21 +101,22 @@ class TrainAugmentation:
             return [int(rng.integers(max(side - self.crop_size, 0) + 1)) for side in scaled]
 
         classes = [index for index, count in enumerate(Image.fromarray(label.numpy()).histogram()[:IGNORE]) if count]
-        sources = [source_pixels(side, out) for side, out in zip(label.shape, scaled, strict=True)]
         corner = draw()
         for _ in range(self.CROP_TRIES):
-            rows, columns = (source[start:start + self.crop_size]
-                             for source, start in zip(sources, corner, strict=True))
-            counts = count_classes(label.numpy(), classes, rows, columns)
+            counts = count_classes(label.numpy(), classes, *self.crop_sources(label, scaled, corner))
             if sum(map(bool, counts)) > 1 and max(counts) < self.LARGEST_CLASS * sum(counts):
                 break
             corner = draw()
         return corner
 
+    def crop_sources(self, label, scaled, corner):
+        """The rows and the columns of the label that its crop takes: at a corner (top, left), once resized."""
+        return [source_pixels(side, out)[start:start + self.crop_size]
+                for side, out, start in zip(label.shape, scaled, corner, strict=True)]
+
     def crop_label(self, label, scaled, top, left):
         """The crop at (top, left) of the label resized to `scaled`."""
-        rows, columns = (source_pixels(side, out)[start:start + self.crop_size]
-                         for side, out, start in zip(label.shape, scaled, (top, left), strict=True))
+        rows, columns = self.crop_sources(label, scaled, (top, left))
         source = label.numpy()[rows[0]:rows[-1] + 1]
         return torch.from_numpy(source.take(columns, 1).take(rows - rows[0], 0))
 
@@ -129,15 +127,6 @@ class TrainAugmentation:
                  rng.uniform(*self.FACTORS), rng.integers(-self.HUE, self.HUE)]
         steps = [draw if rng.random() < self.STEP_PROBABILITY else LEFT_OUT for draw in draws]
         return torch.tensor([*steps, rng.integers(2)], dtype=torch.float32)
-
-
-def stack_images(images):
-    """Images uint8 [3, h, w] of one size -> uint8 [N, h, w, 3], contiguous.
-
-    This is how they lie in memory (channels last). A tensor of this shape is copied to any device as it is, where
-    `prepare` permutes it. torch_npu would make a permuted tensor contiguous first, on the CPU.
-    """
-    return torch.stack([image.permute(1, 2, 0) for image in images])
 
 
 # ---- colours, on the device
@@ -192,23 +181,18 @@ def distort_colours(images, jitter):
     def step(images, amount, changed):
         return torch.where(amount == LEFT_OUT, images, changed)
 
-    def change_contrast(images, when):
-        return step(images, torch.where(when, contrast, LEFT_OUT), to_byte(images * contrast))
-
+    second, last = (torch.where(contrast_last == when, contrast, LEFT_OUT) for when in (0, 1))
     images = step(images, brightness, to_byte(images + brightness))
-    images = change_contrast(images, contrast_last == 0)
+    images = step(images, second, to_byte(images * contrast))
     h, s, v = to_hsv(images)
     images = step(images, saturation, from_hsv(h, to_byte(s * saturation), v))
     h, s, v = to_hsv(images)
     images = step(images, hue, from_hsv(h.add_(hue).remainder_(HUES), s, v))
-    return change_contrast(images, contrast_last == 1)
-
-
-# The functions below work in place on what they made or were given for that: on a CPU, new memory is what costs.
+    return step(images, last, to_byte(images * contrast))
 
 
 def to_byte(values):
-    """Clips to 0..255 and drops the fraction, in place."""
+    """Clips to 0..255 and drops the fraction, in place: on a CPU, new memory is what costs, below, too."""
     return values.clamp_(0, 255).floor_()
 
 

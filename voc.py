@@ -34,8 +34,7 @@ with contextlib.suppress(ImportError):
     import pillow_heif  # by which Pillow reads them
     pillow_heif.register_heif_opener()
 Image.MAX_IMAGE_PIXELS = 2 ** 29  # Pillow refuses twice that, 3 GiB of RGB; its own bound would refuse a panorama
-PROBLEMS_SHOWN = 5
-NAMES_SHOWN = 3
+SHOWN = 5  # of many problems or files in a message
 
 
 def palette():
@@ -50,10 +49,10 @@ def palette():
     return colour.astype(np.uint8)
 
 
-def first_of(problems):
-    """The first few of some problems, as one line."""
-    more = len(problems) - PROBLEMS_SHOWN
-    return "; ".join(problems[:PROBLEMS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+def first_of(texts, separator="; "):
+    """The first few of some texts, as one line."""
+    more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
+    return separator.join([*texts[:SHOWN], *more])
 
 
 def read_lines(path):
@@ -88,28 +87,32 @@ def read_classes(path):
     return tuple(names)
 
 
-def read_image(path):
-    """The RGB image of a file, upright (EXIF), as uint8 [3, H, W] (channels last in memory)."""
+@contextlib.contextmanager
+def opened(path, kind):
+    """Yields the Pillow image of a file, an "image" or a "label". What goes wrong in the block is a UserError, too."""
     try:
-        check_regular(path)
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+            raise UserError(f"{path}: is no regular file; remove it")
         with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            pixels = np.array(to_rgb(image))
+            yield image
     except FileNotFoundError:
-        hint = ("there is no such image; add it, or take its id out of the list" if path.parent.is_dir() else
-                  "its folder is not there any more; mount or restore it")
-        raise UserError(f"{path}: {hint}") from None
+        hint = "add it, or take its id out of the list"
+        if path.parent.name == SBD_LABELS:
+            hint = "convert_voc_aug.py makes it"
+        elif not path.parent.is_dir():
+            hint = "its folder is not there any more; mount or restore it"
+        raise UserError(f"{path}: there is no such {kind}; {hint}") from None
     except (UserError, PermissionError):
         raise
     except Exception as error:  # damage makes Pillow raise many types
-        raise UserError(f"{path}: the image does not decode ({error}); replace the file{heic_hint([path])}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        raise UserError(f"{path}: the {kind} does not decode ({error}); replace the file{heic_hint([path])}") from None
 
 
-def check_regular(path):
-    """Raises UserError for a pipe and the like, on which reading would wait for ever; FileNotFoundError."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise UserError(f"{path}: is no regular file; remove it")
+def read_image(path):
+    """The RGB image of a file, upright (EXIF), as uint8 [3, H, W] (channels last in memory)."""
+    with opened(path, "image") as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
 def to_rgb(image):
@@ -124,20 +127,11 @@ def to_rgb(image):
 
 def read_label(path):
     """The class indices of a label file, uint8 [H, W]."""
-    try:
-        check_regular(path)
-        with Image.open(path) as image:
-            if image.mode not in LABEL_MODES:
-                raise UserError(f"{path}: the label is in colours or another form (mode {image.mode}), not 8-bit class "
-                                "indices; save it as a palette or 8-bit grey PNG whose pixel values are the classes")
-            return torch.from_numpy(np.array(image))
-    except FileNotFoundError:
-        hint = "convert_voc_aug.py makes it" if path.parent.name == SBD_LABELS else "add it"
-        raise UserError(f"{path}: there is no such label; {hint}, or take its id out of the list") from None
-    except (UserError, PermissionError):
-        raise
-    except Exception as error:  # as above
-        raise UserError(f"{path}: the label does not decode ({error}); replace the file") from None
+    with opened(path, "label") as image:
+        if image.mode not in LABEL_MODES:
+            raise UserError(f"{path}: the label is in colours or another form (mode {image.mode}), not 8-bit class "
+                            "indices; save it as a palette or 8-bit grey PNG whose pixel values are the classes")
+        return torch.from_numpy(np.array(image))
 
 
 class VOC(Dataset):
@@ -150,66 +144,55 @@ class VOC(Dataset):
     ids: the ids of the list, where no file holds it
 
     A data set of another kind offers what this one does: `split`, `ids`, `__len__`, `__getitem__`, `check`, `files` and
-    `has_lists`; where that may be false, `missing`, `skipped` and `labelled_ids`, too. Its class then takes VOC's place
-    in data.py.
+    `has_lists`; where that may be false, `labelled`, too. Its class then takes VOC's place in data.py.
 
     Raises UserError if the folder or the list is not there.
     """
 
     def __init__(self, root, split, ids=None):
-        self.root, self.split = Path(root), split
-        self.images = self.root / next((name for name in IMAGE_FOLDERS if (self.root / name).is_dir()),
-                                       IMAGE_FOLDERS[0])
-        self.listings = {}
+        self.root, self.split, self.listings = Path(root), split, {}
+        if (self.root / "VOC2012").is_dir():
+            raise UserError(f"{root}: holds no data itself; it holds VOC2012: pass that folder")
+        if not self.root.is_dir():
+            raise UserError(f"{root}: there is no such folder; --data_path takes one such as data/VOCdevkit/VOC2012")
+        self.images, *_ = self.folders("images", IMAGE_FOLDERS)
+        self.labels = self.folders("labels", LABEL_FOLDERS)
         if ids is None and not self.has_lists(root):
-            problem = self.missing(self.root) or f"has no lists in {LISTS}; write {split}.txt there, an image id a line"
-            raise UserError(f"{self.root}: {problem}")
+            raise UserError(f"{root}: has no lists in {LISTS}; write {split}.txt there, an image id a line")
         self.ids = self.read_list(split) if ids is None else list(ids)
-        self.voc_train = set(self.read_list("train")) if split in SBD_LISTS and ids is None else ()
+        self.voc_train = set(self.read_list("train")) if split in SBD_LISTS else ()
+
+    def folders(self, kind, names):
+        """Those of the folders that are there, at least one."""
+        found = [self.root / name for name in names if (self.root / name).is_dir()]
+        if not found:
+            raise UserError(f"{self.root}: has no folder of {kind} ({' or '.join(names)}); --data_path takes a folder "
+                            "that has")
+        return found
 
     @staticmethod
     def has_lists(root):
-        """Whether the folder itself says what to train and to evaluate on."""
+        """True if the folder has lists (ImageSets/Segmentation)."""
         return (Path(root) / LISTS).is_dir()
 
     @classmethod
-    def labelled_ids(cls, root):
-        """The ids, sorted, of the images under `root` that have a label, with those in sub-folders."""
-        problem = cls.missing(root)
-        if problem:
-            raise UserError(f"{root}: {problem}")
+    def labelled(cls, root):
+        """For a folder without lists: the ids, sorted, of the images that have a label, with those in sub-folders; and
+        a note on what is left out, or "".
+
+        The note names images without a label, labels without an image, and files that Pillow does not read, but for
+        those with the name of an image, as labelme's JSON has.
+        """
         data = cls(root, "", ids=())
-        return [image_id for image_id in sorted(ids_in(data.images)) if data.label_path(image_id).is_file()]
-
-    @staticmethod
-    def missing(root):
-        """Which folder is missing in one that holds no data set, and the hint; None if all are there."""
-        if (root / "VOC2012").is_dir():
-            return "holds no data itself; it holds VOC2012: pass that folder"
-        if not root.is_dir():
-            return "there is no such folder; --data_path takes one such as data/VOCdevkit/VOC2012"
-        for what, folders in (("images", IMAGE_FOLDERS), ("labels", LABEL_FOLDERS)):
-            if not any((root / name).is_dir() for name in folders):
-                return f"has no folder of {what} ({' or '.join(folders)}); --data_path takes a folder that has"
-        return None
-
-    @classmethod
-    def skipped(cls, root):
-        """A note on the files that a split by the seed does not use; None if there are none: images without a label,
-        labels without an image, and files that Pillow does not read. Of the latter those with the name of an image, as
-        labelme's JSON has, are not counted."""
-        root, folder = Path(root), cls(root, "", ids=()).images
-        images = ids_in(folder)
-        labels = set().union(*(ids_in(root / name) for name in LABEL_FOLDERS))
-        unknown = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")
-                   and path.suffix.lower() not in readable_suffixes()
-                   and str(path.relative_to(folder).with_suffix("")) not in images]
-        notes = [f"{len(ids)} {what} ({', '.join(sorted(ids)[:NAMES_SHOWN])}{', ...' * (len(ids) > NAMES_SHOWN)})"
-                 for ids, what in ((images - labels, "images without a label of their name"),
+        images, labels = ids_in(data.images), set().union(*map(ids_in, data.labels))
+        unknown = [path for path in sorted(data.images.rglob("*")) if path.is_file() and not path.name.startswith(".")
+                   and path.suffix.lower() not in readable_suffixes() and id_of(path, data.images) not in images]
+        notes = [f"{len(ids)} {kind} ({first_of(sorted(ids), ', ')})"
+                 for ids, kind in ((images - labels, "images without a label of their name"),
                                    (labels - images, "labels without an image")) if ids]
         if unknown:
             notes.append(f"Pillow does not know the format: {first_of(list(map(str, unknown)))}{heic_hint(unknown)}")
-        return "skipped: " + "; ".join(notes) if notes else None
+        return sorted(images & labels), "skipped: " + "; ".join(notes) if notes else ""
 
     def read_list(self, split):
         """The ids in a list."""
@@ -241,12 +224,11 @@ class VOC(Dataset):
         return self.find(self.images, image_id) or self.images / f"{image_id}.jpg"
 
     def label_path(self, image_id):
-        folders = LABEL_FOLDERS
+        folders = self.labels
         if self.split in SBD_LISTS:
-            folders = (OWN_LABELS,) if image_id in self.voc_train else (SBD_LABELS,)
-        found = (self.find(self.root / folder, image_id) for folder in folders)
-        there = next((name for name in folders if (self.root / name).is_dir()), folders[0])
-        return next(filter(None, found), None) or self.root / there / f"{image_id}.png"
+            folders = [self.root / (OWN_LABELS if image_id in self.voc_train else SBD_LABELS)]
+        found = (self.find(folder, image_id) for folder in folders)
+        return next(filter(None, found), folders[0] / f"{image_id}.png")
 
     def files(self):
         """Every file that is read."""
@@ -272,28 +254,28 @@ class VOC(Dataset):
         class nor IGNORE, and if no label of the whole list holds anything but background.
         """
         def look(index):
+            """(what is wrong or None, (H, W), whether there is anything but background)"""
             try:
-                image, label = self[index]
+                label = self[index][1].numpy()
             except (UserError, PermissionError) as error:
                 return str(error), None, False
-            values = np.flatnonzero(np.bincount(label.numpy().ravel(), minlength=256))
-            wrong = values[(values >= num_classes) & (values != IGNORE)]
-            problem = None
-            if wrong.size:
-                problem = (f"{self.label_path(self.ids[index])}: label value {wrong[0]} is no class; valid are "
-                           f"0..{num_classes - 1}, and {IGNORE} for pixels to ignore")
-            return problem, label.shape, bool(((values > 0) & (values != IGNORE)).any())
+            values = np.flatnonzero(np.bincount(label.ravel(), minlength=256)[:IGNORE])
+            wrong = values[values >= num_classes]
+            problem = (f"{self.label_path(self.ids[index])}: label value {wrong[0]} is no class; valid are "
+                       f"0..{num_classes - 1}, and {IGNORE} for pixels to ignore") if wrong.size else None
+            return problem, label.shape, values.any()
 
-        count = len(self) if count is None else min(count, len(self))
+        indices = range(len(self))[:count]
         with ThreadPoolExecutor(usable_cores()) as pool:
-            looks = list(tqdm(pool.map(look, range(count)), f"checking {self.split}", count, leave=False, disable=None))
+            looks = list(tqdm(pool.map(look, indices), f"checking {self.split}", len(indices), leave=False,
+                              disable=None))
         problems = [problem for problem, _, _ in looks if problem]
         if problems:
             raise UserError(first_of(problems))
-        if count == len(self) and not any(foreground for _, _, foreground in looks):
+        if len(indices) == len(self) and not any(foreground for _, _, foreground in looks):
             raise UserError(f"{self.label_path(self.ids[0]).parent}: every label of the list '{self.split}' is all "
                             "background; labels take the class indices as pixel values")
-        return [tuple(shape) for _, shape, _ in looks]
+        return [size for _, size, _ in looks]
 
 
 def readable_files(folder):
@@ -306,9 +288,14 @@ def readable_files(folder):
 
 
 def ids_in(folder):
-    """The ids of the files in a folder and its sub-folders that Pillow reads: their paths in it, without extension."""
-    return {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*")
+    """The ids of the files in a folder and its sub-folders that Pillow reads."""
+    return {id_of(path, folder) for path in folder.rglob("*")
             if path.suffix.lower() in readable_suffixes() and not path.name.startswith(".")}
+
+
+def id_of(path, folder):
+    """The path of a file in a folder, without extension."""
+    return str(path.relative_to(folder).with_suffix(""))
 
 
 @functools.cache

@@ -4,13 +4,12 @@
 and ImageNet weights (torchvision's for vgg16 and resnet50, OpenMMLab's for *_d8). Files are read as plain tensors and
 values; nothing in them is run.
 """
+import contextlib
 import dataclasses
-import functools
 import pickle
 import warnings
 import zipfile
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 
@@ -20,7 +19,8 @@ from voc import CLASSES, palette
 
 CLASS_LAYERS = ("decode_head.conv_seg.weight", "decode_head.score_fr.weight")  # [C, channels, 1, 1]
 HEADS = ("decode_head.", "auxiliary_head.")
-TRAINING_STATE = ("optimizer", "precision", "progress")  # what train.py saves with the weights, to resume
+TORCHFCNS = {"conv1_1.weight", "fc7.weight"}  # keys that tell torchfcn's files
+TRAINING_STATE = {"optimizer", "precision", "progress"}  # what train.py saves with the weights, to resume
 REFERENCE_SCALE = (2048, 512)  # mmsegmentation's evaluation: (long, short) side, in pixels
 PLAIN_COMMAND = ("""python -c "import torch; c = torch.load('{0}', map_location='cpu', weights_only=False); """
                  """k = c.keys() & {{'state_dict', 'model_state_dict', 'arch'}} or c.keys(); """
@@ -40,25 +40,15 @@ def add_network_flags(parser):
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a checkpoint file holds.
-
-    source: the file, or the name of a published network
-    state: the weights under FCN8s's names, or a classifier's under its own (`kind` says which)
-    backbone: its name; form: see FCN8s.use_form
-    num_classes: None if it holds no trained heads
-    kind: a description of the file; classifier: whether it holds ImageNet weights of a backbone alone
-    meta: what train.py wrote about the run; {} for other files
-    training: {"optimizer", "precision", "progress"} to resume from, or None
-    """
-    source: str
-    state: dict
+    """What a checkpoint file holds."""
+    source: str  # the file, or the name of a published network
+    state: dict  # the weights under FCN8s's names, or those of an ImageNet classifier under its own
     backbone: str
-    form: str
-    num_classes: int | None
-    kind: str
-    classifier: bool
-    meta: dict
-    training: dict | None
+    form: str  # see FCN8s.use_form
+    kind: str  # a description of the file
+    num_classes: int | None  # None if it holds no trained heads
+    meta: dict  # what train.py wrote about the run; {} for other files
+    training: dict | None  # TRAINING_STATE, if it holds all of that
 
     @classmethod
     def read(cls, source, backbone=None, at_once=False):
@@ -68,34 +58,34 @@ class Checkpoint:
         at_once: they are torchfcn's FCN8sAtOnce, whose keys are FCN8s's; `arch` or the file's name tell it, too
         Raises UserError for what is not there, damaged, unsafe, or of another backbone.
         """
-        source, named = str(source), published().get(str(source))
-        content = download(*named, source) if named else read_file(source)
-        raw = next((content[key] for key in ("state_dict", "model_state_dict") if key in content), content)
-        raw = raw if isinstance(raw, dict) else {}
-        state = {str(key).removeprefix("module."): value for key, value in raw.items()
+        source = str(source)
+        theirs, url = published().get(source, (None, None))
+        content = read_file(source) if url is None else download(
+            url, f"the weights {source}", f"fetch {url} elsewhere and give the file with --backbone {theirs}")
+        weights = next((content[key] for key in ("state_dict", "model_state_dict")
+                        if isinstance(content.get(key), dict)), content)
+        state = {str(key).removeprefix("module."): value for key, value in weights.items()
                  if isinstance(value, torch.Tensor)}
         meta = content.get("meta")
         meta = upgraded(meta) if isinstance(meta, dict) else {}
-        torchfcns = {"conv1_1.weight", "fc7.weight"} <= state.keys()
-        theirs = named[0] if named else meta.get("backbone", "vgg16" if torchfcns else None)
-        if theirs is None and backbone is None:
+        name = theirs or meta.get("backbone") or ("vgg16" if TORCHFCNS <= state.keys() else backbone)
+        if name is None:
             raise UserError(f"{source}: does not say which backbone it is of; add --backbone")
-        if theirs is not None and backbone not in (None, theirs):
-            raise UserError(f"{source}: is of backbone {theirs}, not {backbone}; use --backbone {theirs}")
-        state, form, kind, classifier = recognise(source, content, state, meta, theirs or backbone, at_once)
-        training = {key: content[key] for key in TRAINING_STATE if key in content}
-        return cls(source, state, theirs or backbone, form,
-                   next((state[key].shape[0] for key in CLASS_LAYERS if key in state), None), kind, classifier, meta,
-                   training if len(training) == len(TRAINING_STATE) else None)
+        if backbone not in (None, name):
+            raise UserError(f"{source}: is of backbone {name}, not {backbone}; use --backbone {name}")
+        state, form, kind = recognise(source, content, state, meta, name, at_once)
+        num_classes = next((state[key].shape[0] for key in CLASS_LAYERS if key in state), None)
+        training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
+        return cls(source, state, name, form, kind, num_classes, meta, training)
 
     def network(self):
         """The trained FCN8s. Raises UserError, naming the keys, if the weights are not all there."""
         if self.num_classes is None:
-            raise UserError(f"{self.source}: holds no trained network, it has none of {', '.join(CLASS_LAYERS)}; "
-                               "it may do as a start: train.py --pretrained")
+            raise UserError(f"{self.source}: holds no trained network, it has none of {', '.join(CLASS_LAYERS)}; it "
+                            "may do as a start: train.py --pretrained")
         model = FCN8s(self.num_classes, self.backbone)
         model.use_form(self.form)
-        if not self.has_auxiliary_head():
+        if not self.holds("auxiliary_head."):
             model.auxiliary_head = None  # it is for training only, and some files leave it out
         load_exactly(model, self.state, self.source)
         return model
@@ -107,18 +97,18 @@ class Checkpoint:
         -> a description of what was loaded. Raises UserError if the weights do not fit.
         """
         origin = f"{self.source}: {self.kind}"
-        if self.classifier:
-            load_classifier(model, self.state, self.source)
+        if not self.holds("backbone."):
+            load_exactly(model.backbone, model.backbone.from_imagenet(self.state), self.source)
             return origin
         model.use_form(self.form)
-        if not any(key.startswith(HEADS) for key in self.state):
+        if not self.holds(*HEADS):
             load_exactly(model.backbone, {key.removeprefix("backbone."): value for key, value in self.state.items()},
                          self.source)
             return f"{origin} without heads; the heads start afresh"
         same = self.num_classes == model.num_classes
         if self.num_classes is None or (same and self.names() in (None, tuple(classes))):
             state = self.state
-            if model.auxiliary_head is not None and not self.has_auxiliary_head():
+            if model.auxiliary_head is not None and not self.holds("auxiliary_head."):
                 fresh = {key: value for key, value in model.state_dict().items() if key.startswith("auxiliary_head.")}
                 state, origin = {**state, **fresh}, f"{origin}, its auxiliary head starts afresh"
             load_exactly(model, state, self.source)  # without a class layer, this says what is missing
@@ -127,8 +117,9 @@ class Checkpoint:
         what = "other classes" if same else f"{self.num_classes} classes"
         return f"{origin} for {what}, of which the backbone is taken; the heads start afresh"
 
-    def has_auxiliary_head(self):
-        return any(key.startswith("auxiliary_head.") for key in self.state)
+    def holds(self, *prefixes):
+        """True if a key of the weights starts with one of these."""
+        return any(key.startswith(prefixes) for key in self.state)
 
     def names(self):
         """The names of the classes: a tuple; VOC's for files of others with 21 classes; None if nothing names them."""
@@ -162,77 +153,53 @@ def upgraded(meta):
 
 
 def recognise(source, content, state, meta, backbone, at_once):
-    """-> (the state under FCN8s's names, its form, its description, whether it is a classifier's)"""
-    if {"conv1_1.weight", "fc7.weight"} <= state.keys():
+    """-> (the state under FCN8s's names or a classifier's, its form, its description)"""
+    if TORCHFCNS <= state.keys():
         named = f"{content.get('arch')} {Path(source).name}".lower().replace("-", "").replace("_", "")
         form = "at_once" if at_once or "atonce" in named else "padded"
         state = {("backbone." if key.startswith(("conv", "fc")) else "decode_head.") + key: value
                  for key, value in state.items()}
-        return state, form, f"torchfcn's FCN-8s, {form} form", False
+        return state, form, f"torchfcn's FCN-8s, {form} form"
+    form = meta.get("form", "unpadded")
     if not any(key.startswith("backbone.") for key in state):
-        form, kind, classifier = "unpadded", "ImageNet weights of the backbone", True
+        kind = "ImageNet weights of the backbone"
+    elif backbone == "vgg16" and "form" not in meta:
+        raise UserError(f"{source}: does not say which form of vgg16 it is for; take the whole checkpoint, as train.py "
+                        "wrote it")
     else:
-        if backbone == "vgg16" and "form" not in meta:
-            raise UserError(f"{source}: does not say which form of vgg16 it is for; take the whole checkpoint, as "
-                               "train.py wrote it")
-        form, classifier = meta.get("form", "unpadded"), False
-        kind = "a checkpoint of " + ("train.py" if "backbone" in meta or not backbone.endswith("_d8") else
-                                     "mmsegmentation")
+        ours = "backbone" in meta or not backbone.endswith("_d8")
+        kind = f"a checkpoint of {'train.py' if ours else 'mmsegmentation'}"
         kind += "" if form == "unpadded" else f", {form} form"
     if at_once and form != "at_once":
         raise UserError(f"{source}: is {kind}, --at_once is for torchfcn's FCN-8s")
-    return state, form, kind, classifier
+    return state, form, kind
 
 
 def load_start(model, pretrained, at_once, classes):
     """Loads the weights that --pretrained names into a new model. -> a description of their origin"""
+    name = model.backbone_name
     if pretrained == "none":
         return "random weights"
-    if pretrained == "imagenet":
-        return load_imagenet(model)
-    return Checkpoint.read(pretrained, model.backbone_name, at_once).start(model, classes)
-
-
-def load_imagenet(model):
-    """Downloads the ImageNet weights of a model's backbone (to torch.hub's folder) and loads them. -> their origin"""
-    name = model.backbone_name
-    where = BACKBONES[name].imagenet
-    if where is None:
+    if pretrained != "imagenet":
+        return Checkpoint.read(pretrained, name, at_once).start(model, classes)
+    if BACKBONES[name].imagenet is None:
         raise UserError(f"there are no ImageNet weights of {name}; add --pretrained none, or a FILE")
-    get_state = (functools.partial(torch.hub.load_state_dict_from_url, where) if ":" in where else
-                 torchvision_weights(where).get_state_dict)
-    content = get_download(get_state, f"the ImageNet weights of {name}",
-                           "give a file with --pretrained FILE, or start from random weights with --pretrained none")
-    load_classifier(model, content.get("state_dict", content), f"ImageNet weights of {name}")
+    content = download(BACKBONES[name].imagenet, f"the ImageNet weights of {name}",
+                       "give a file with --pretrained FILE, or start from random weights with --pretrained none")
+    state = model.backbone.from_imagenet(content.get("state_dict", content))
+    load_exactly(model.backbone, state, f"ImageNet weights of {name}")
     return "ImageNet weights"
 
 
-def download(backbone, url, name):
-    """The content of a published network's file."""
-    return get_download(functools.partial(torch.hub.load_state_dict_from_url, url), f"the weights {name}",
-                        f"fetch {url} elsewhere and give the file with --backbone {backbone}")
-
-
-def get_download(get_state, what, instead):
-    """What a function of torch.hub's kind downloads, its hash checked; an error says what to do instead."""
+def download(url, what, instead):
+    """The content of a URL, its hash checked, by way of torch.hub's folder. An error says what to do instead."""
     try:
-        return get_state(map_location="cpu", check_hash=True, weights_only=True)
-    except (URLError, TimeoutError, ConnectionError) as error:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except OSError as error:
         raise UserError(f"{what} cannot be downloaded ({error}); {instead}") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"the download of {what} is damaged ({first_line(error)}); delete it in "
-                           f"{torch.hub.get_dir()}/checkpoints and try again") from None
-
-
-def torchvision_weights(name):
-    """The torchvision weights of a name such as "ResNet50_Weights.IMAGENET1K_V1"."""
-    try:
-        from torchvision import models  # only here: a torchvision that does not match torch fails on import
-    except (ImportError, RuntimeError) as error:
-        raise UserError(f"torchvision cannot be imported ({first_line(error)}); install the release that belongs "
-                           f"to torch {torch.__version__}, from where torch came") from None
-    enum, member = name.split(".")
-    return getattr(models, enum)[member]
+                        f"{torch.hub.get_dir()}/checkpoints and try again") from None
 
 
 def read_file(path):
@@ -257,8 +224,7 @@ def read_file(path):
     except PermissionError:
         raise
     except Exception as error:  # whatever the damage leads to
-        raise UserError(f"{path}: the file is damaged or no checkpoint ({first_line(error)}); take another one"
-                           ) from None
+        raise UserError(f"{path}: the file is damaged or no checkpoint ({first_line(error)}); use another") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -266,24 +232,11 @@ def read_file(path):
 
 def why_refused(path):
     """Why torch.load read no plain tensors from a file, as text."""
-    try:
-        objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # no file of torch.save
-        objects = []
-    if not objects:
-        return ("the file is damaged, or no checkpoint but a plain pickle, which could run code and is not read; take "
-                "another one")
-    return (f"refused, it holds objects other than tensors and plain values ({objects[0]}), which could run code; if "
-            f"you trust it, make a plain one: {PLAIN_COMMAND.format(path)}")
-
-
-def load_classifier(model, state, source):
-    """Loads a classifier's state dict into the model's backbone."""
-    try:
-        state = model.backbone.from_imagenet(state)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-    load_exactly(model.backbone, state, source)
+    with contextlib.suppress(Exception):  # no file of torch.save
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)[0]
+        return (f"refused, it holds objects other than tensors and plain values ({unsafe}), which could run code; if "
+                f"you trust it, make a plain one: {PLAIN_COMMAND.format(path)}")
+    return "the file is damaged, or a plain pickle, which could run code and is not read; take another one"
 
 
 def load_exactly(module, state, source):
@@ -331,13 +284,13 @@ def load_resumed(model, args, data, ranks, start):
 
 def changes(args, data, ranks, checkpoint):
     """What shapes the result and has changed since the checkpoint was saved, each by its flag: a list of texts."""
-    was, now = ({"ranks": count, **{f"--{name}": value for name, value in flags.items()}} for count, flags in (
-        (checkpoint.meta["ranks"], checkpoint.meta["args"]), (ranks.count, vars(args))))
-    was = {name: tuple(value) if isinstance(value, list) else value for name, value in was.items()}
-    said = [f"{name} {value} -> {now[name]}" for name, value in was.items() if value != now[name]]
-    lists = checkpoint.meta["digests"], data.digests()
-    return said + [f"the list '{getattr(data, name).split}' holds other images" for name in ("train", "val")
-                   if lists[0][name] != lists[1][name]]
+    meta = checkpoint.meta
+    pairs = [("ranks", meta["ranks"], ranks.count)]
+    pairs += [(f"--{name}", tuple(was) if isinstance(was, list) else was, getattr(args, name))
+              for name, was in meta["args"].items()]
+    return [f"{name} {was} -> {now}" for name, was, now in pairs if was != now] + [
+        f"the list '{getattr(data, name).split}' holds other images" for name, digest in data.digests().items()
+        if digest != meta["digests"][name]]
 
 
 def resume(optimizer, precision, data, start, progress):

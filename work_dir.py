@@ -5,22 +5,18 @@ which `--resume auto` continues, and best.pth. They are hard links to the same f
 """
 import contextlib
 import datetime
-import errno
 import fcntl
 import filecmp
 import io
 import json
-import math
 import os
 import platform
 import re
 import shlex
-import shutil
 import socket
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -39,37 +35,28 @@ OWN_NAME = re.compile(r"iter_(0|[1-9]\d*)\.pth")  # other files in the folder ar
 CPU_CROP = 256  # pixels; with a larger one a CPU takes seconds for each image
 CPU_FLAGS = ("--backbone resnet50 --scale 256 128 --crop_size 128 --batch_size 4 --max_iters 400 --amp "
              "--eval_interval 100 --checkpoint_interval 100")
-DYING_TIME = 30  # seconds that a run restarted by torchrun waits for the lock of the process it replaces
-HERE = Path(__file__).parent
 
 
-class WorkDir:
-    """The files of a run, which rank 0 alone writes. A checkpoint is written whole or not at all. A context manager,
-    which releases the lock.
+class WorkDir(contextlib.ExitStack):
+    """The files of a run. A checkpoint is written whole or not at all. A context manager, which releases the lock.
 
-    device_ids: as in the names of the Ascend port's files; keep: how many of the newest checkpoints stay
+    device_ids: as in the names of the Ascend port's files; writes: in rank 0 alone
+    keep: how many of the newest checkpoints stay
     Raises OSError if nothing can be written at `path`.
     """
 
     def __init__(self, path, device_ids, writes, keep=3):
+        super().__init__()
         self.path, self.writes, self.keep = Path(path), writes, keep
         self.log_path = self.path / f"train_{device_ids}.log"
         self.metrics_path = self.path / "metrics.jsonl"
         self.record_path = self.path / "run.json"
         self.checkpoints = self.path / "ckpt"
         self.latest, self.best = self.checkpoints / "latest.pth", self.checkpoints / "best.pth"
-        self.lock_file = self.board = self.bar = None  # board: TensorBoard's writer
+        self.lock_file = self.board = None  # board: TensorBoard's writer
         self.console = True  # somebody reads the output
         if writes:
             check_writable(self.path)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for opened in (self.bar, self.board, self.lock_file):
-            if opened is not None:
-                opened.close()
 
     # ---- the start of a run
 
@@ -82,12 +69,14 @@ class WorkDir:
             return None
         if self.path.is_dir():
             self.lock()
-        newest = self.newest() if resume == "auto" or self.holds_run() else None
+        newest = self.newest()
         if newest and resume is None:
             raise UserError(f"{self.path}: holds a run already; continue it by --resume auto, or name another folder "
                             "by --work_dir")
-        given = None if resume in (None, "auto") else (Path(resume), Checkpoint.read(resume))
-        if newest and given and not filecmp.cmp(resume, newest[0], False):  # as a copied folder has no hard links
+        if resume in (None, "auto"):
+            return newest
+        given = Path(resume), Checkpoint.read(resume)
+        if newest and not filecmp.cmp(resume, newest[0], False):  # as a copied folder has no hard links
             raise UserError(f"--resume {resume}: is not the newest checkpoint of {self.path}, which holds a run; name "
                             "another folder by --work_dir")
         return newest or given
@@ -98,49 +87,39 @@ class WorkDir:
         A lock of `lockf` belongs to one process; forked workers would keep one of `flock`.
         """
         with writing(self.path):
-            self.lock_file = open(self.path / ".lock", "a+")
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        end = time.monotonic() + DYING_TIME * restarted
-        while True:
-            try:
-                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-                    break
-            if time.monotonic() > end:
-                self.lock_file.seek(0)
-                raise UserError(f"{self.path}: {self.lock_file.read().strip() or 'another process'} runs in this "
-                                "folder; wait for its end, or name another folder by --work_dir")
-            time.sleep(0.2)
+            self.lock_file = self.enter_context(open(self.path / ".lock", "a+"))
+        try:
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.lock_file.seek(0)
+            raise UserError(f"{self.path}: {self.lock_file.read().strip() or 'another process'} runs in this folder; "
+                            "wait for its end, or name another folder by --work_dir") from None
+        except OSError:
+            pass  # a file system without locks
         self.lock_file.truncate(0)
         self.lock_file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self.lock_file.flush()
 
-    def holds_run(self):
-        return bool(self.saved()) or any(path.exists() or path.is_symlink() for path in (self.latest, self.best))
-
     def saved(self):
-        """Our own checkpoints: [(number, path)] of iter_<n>.pth, the newest first."""
-        matches = ((OWN_NAME.fullmatch(path.name), path) for path in self.checkpoints.glob("iter_*.pth"))
-        return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+        """Our own checkpoints: the paths of iter_<n>.pth, the newest first."""
+        own = [path for path in self.checkpoints.glob("iter_*.pth") if OWN_NAME.fullmatch(path.name)]
+        return sorted(own, key=lambda path: int(OWN_NAME.fullmatch(path.name)[1]), reverse=True)
 
     def newest(self):
         """(file, Checkpoint) of latest.pth or, if that is damaged, of the newest readable one before it; None if the
         folder holds none. Raises UserError if none can be read."""
-        for path in [self.latest, *(path for _, path in self.saved()), self.best]:
-            if not path.exists():
-                continue
+        found = [path for path in (self.latest, *self.saved(), self.best) if os.path.lexists(path)]
+        for path in filter(Path.exists, found):  # a link may dangle
             try:
                 return path, Checkpoint.read(path)
             except UserError as error:
                 self.log(f"{error}. Trying the one before it.")
-        if self.holds_run():
+        if found:
             raise UserError(f"{self.checkpoints}: holds no checkpoint that can be read; name one by --resume FILE and "
                             "another folder by --work_dir")
         return None
 
-    def open(self, start, progress, last):
+    def open(self, start, progress, last, tensorboard=False):
         """Makes the folders. Starts new files, or truncates metrics.jsonl to the checkpoint the run resumes from.
 
         start: the file of that checkpoint, or None; progress: the run's; its best score counts while best.pth exists
@@ -154,33 +133,27 @@ class WorkDir:
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             if self.lock_file is None:  # the folder did not exist when the run began
-                self.lock()
-                if self.holds_run():
-                    raise UserError(f"{self.path}: another run began here meanwhile; name another folder by --work_dir")
+                self.find_start(None)  # raises if another run began here meanwhile
             for folder in (self.path, self.checkpoints):
                 remove_leftovers(folder)
             if start is None:
                 for path in (self.record_path, self.metrics_path, self.log_path, self.path / "result.json"):
                     path.unlink(missing_ok=True)
-            elif not same_file(start, self.latest):
+            else:
                 link_or_copy(start, self.latest)
             kept = [line for line in self.metrics()
                     if line["iter"] <= (progress.evaluated if "mIoU" in line else progress.iteration)]
             write_whole(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
         if not self.best.is_file():
             progress.best, progress.best_iteration = -1.0, 0
-
-    def open_board(self, iteration):
-        """Writes for TensorBoard as well. What an earlier run wrote there after `iteration` is hidden."""
-        from torch.utils.tensorboard import SummaryWriter  # only here: the package is optional
-        if self.writes:
-            self.board = SummaryWriter(self.path / "tensorboard", purge_step=iteration + 1)
+        if tensorboard:  # what an earlier run wrote there after this iteration is hidden
+            from torch.utils.tensorboard import SummaryWriter  # only here: the package is optional
+            self.board = self.enter_context(SummaryWriter(self.path / "tensorboard", purge_step=progress.iteration + 1))
 
     def progress_bar(self, iteration, last):
         """A progress bar on a terminal, below the log lines."""
-        self.bar = tqdm(total=last, initial=iteration, desc="training", unit="iter", leave=False,
-                        disable=None if self.writes else True)
-        return self.bar
+        return self.enter_context(tqdm(total=last, initial=iteration, desc="training", unit="iter", leave=False,
+                                       disable=None if self.writes else True))
 
     # ---- what a run writes
 
@@ -199,15 +172,14 @@ class WorkDir:
             append(self.log_path, text)
 
     def add_metrics(self, line):
-        """Adds a line to metrics.jsonl."""
+        """Adds a line to metrics.jsonl, and its numbers to TensorBoard's file."""
         if self.writes:
             append(self.metrics_path, json.dumps(line))
-            for name, value in line.items() if self.board else ():
-                values = {f"{name}/{cls}": score for cls, score in value.items()} if isinstance(value, dict) else {
-                    name: value}
-                for tag, scalar in values.items():
-                    if scalar is not None and tag != "iter":
-                        self.board.add_scalar(tag, scalar, line["iter"])
+        if self.board:
+            scores = {f"{name}/{cls}": value for name in ("IoU", "Acc") for cls, value in line.get(name, {}).items()}
+            for tag, value in {**line, **scores}.items():
+                if isinstance(value, int | float) and tag != "iter":
+                    self.board.add_scalar(tag, value, line["iter"])
 
     def log_losses(self, progress, sums, rate, speed, memory, last):
         """A log line and its twin in metrics.jsonl: mean losses, speed, memory.
@@ -241,8 +213,7 @@ class WorkDir:
         """The lines of metrics.jsonl as dicts; a last line cut short by a crash is left out."""
         content = self.metrics_path.read_bytes() if self.metrics_path.is_file() else b""
         try:
-            lines = content.decode().splitlines(keepends=True)
-            metrics = [json.loads(line) for line in lines if line.endswith("\n")]
+            metrics = [json.loads(line) for line in content.decode().split("\n")[:-1]]
             [line["iter"] + 0 for line in metrics]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self.metrics_path}: damaged ({error}); fix or delete that line") from None
@@ -251,8 +222,6 @@ class WorkDir:
     def save(self, content, number, best):
         """Writes a checkpoint as latest.pth, as iter_<number>.pth unless `number` is None, and as best.pth if it is the
         best; deletes our oldest beyond `keep`. best.pth comes first, as latest.pth says what is in it."""
-        if not self.writes:
-            return
         names = [self.best] * best + [self.latest]
         names += [] if number is None else [self.checkpoints / f"iter_{number}.pth"]
         buffer = io.BytesIO()  # not straight to the file: torch.save reports a full disk as a wrong offset
@@ -261,15 +230,24 @@ class WorkDir:
             write_whole(names[0], buffer.getbuffer())
             for name in names[1:]:
                 link_or_copy(names[0], name)
-            for _, old in self.saved()[self.keep:]:
+            for old in self.saved()[self.keep:]:
                 old.unlink()
 
     # ---- what a run was, and its results
 
-    def add_record(self, entry):
-        """Adds an entry to run.json, which has one for each time the run was started or resumed."""
+    def add_record(self, args, data, device, origin):
+        """Adds an entry to run.json: with what the run was started or resumed. origin: of the weights, as text"""
         if not self.writes:
             return
+        lists = {name: {"list": part.split, "images": len(part), "sha256": digest(part.ids),
+                        **({"ids": part.ids} if data.lists else {})}
+                 for name, part in (("train", data.train), ("val", data.val))}
+        entry = {"time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+                 "command": shlex.join([Path(sys.executable).name, *sys.argv]), "folder": str(Path.cwd()),
+                 "args": vars(args), "start": origin, "device": describe(device, args.device), "versions": versions(),
+                 "code": output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+                                   "--abbrev=40", "--exclude=*"),  # the commit, and whether files have changed since
+                 "data": {"classes": list(data.classes), **lists}}
         try:
             entries = json.loads(self.record_path.read_bytes().decode())["starts"] if self.record_path.exists() else []
             text = json.dumps({"starts": [*entries, entry]}, indent=2, ensure_ascii=False)
@@ -278,27 +256,35 @@ class WorkDir:
         with writing(self.record_path):
             write_whole(self.record_path, text + "\n")
 
-    def write_results(self, args, progress, ranks):
-        """Writes result.json and the summary, both from metrics.jsonl. -> the content of result.json"""
+    def finish(self, args, progress, ranks):
+        """Writes result.json and the summary, both from metrics.jsonl, and logs how to look at the run."""
         lines = self.metrics()
         logged = [line for line in lines if "loss" in line]
         scored = [line for line in lines if "mIoU" in line]
         fps = [line["fps"] for line in logged if line["fps"] is not None]
-        of_best = [line for line in scored if line["iter"] == progress.best_iteration]  # none if best.pth was deleted
-        best = of_best[-1] if of_best else max(scored, key=lambda line: -math.inf if line["mIoU"] is None
-                                               else line["mIoU"])
-        result = {"iters": progress.iteration, "loss": logged[-1]["loss"] if logged else None,
+        # That of best.pth; if that was deleted, the highest.
+        best = max(scored, key=lambda line: (line["iter"] == progress.best_iteration, line["mIoU"] or 0.0))
+        values = {"iters": progress.iteration, "loss": logged[-1]["loss"] if logged else None,
                   "fps": max(fps, default=None), "fps_median": statistics.median(fps) if fps else None,
                   **{name: scored[-1][name] for name in MEANS}, "best_mIoU": best["mIoU"],
-                  "best_iteration": best["iter"], "last": scored[-1], "best": best}
-        write_whole(self.path / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+                  "best_iteration": best["iter"]}
+        result = json.dumps({**values, "last": scored[-1], "best": best}, indent=2, ensure_ascii=False)
+        write_whole(self.path / "result.json", result + "\n")
         images = args.batch_size * args.accumulate * ranks.count
         write_summary(self.path, args.backbone, args.batch_size, ranks.count, "perf" if args.performance else "acc", {
-            "ActualFPS": result["fps"],
-            "TrainingTime": result["fps"] and 1000 * images / result["fps"],  # ms an iteration
-            "mIoU": best["mIoU"] and best["mIoU"] / 100, "ActualLoss": result["loss"],
+            "ActualFPS": values["fps"],
+            "TrainingTime": values["fps"] and 1000 * images / values["fps"],  # ms an iteration
+            "mIoU": best["mIoU"] and best["mIoU"] / 100, "ActualLoss": values["loss"],
             "E2ETrainingTime": progress.seconds})
-        return result
+        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
+        self.log(f"done: {self.path / 'result.json'}: {json.dumps(rounded)}\n"
+                 f"to look at: {self.path / 'curves.png'}, {self.path / 'val_samples.png'}")
+        if not args.performance:
+            command = [sys.executable, Path(sys.argv[0]).with_name("evaluate.py"), self.best, "--data_path",
+                       args.data_path, "--split", args.val_split, "--save_dir", self.path / "val"]
+            self.log(f"best mIoU {number(best['mIoU'], '.2f')} at iteration {best['iter']}: {self.best}"
+                     + ("" if self.best.is_file() else " does not exist any more")
+                     + f"\nnext, to see every prediction: {shlex.join(map(str, command))}")
 
 
 def open_work_dir(args, ranks):
@@ -347,25 +333,6 @@ def start_lines(args, ranks, data, model, precision, last, origin, work_dir, aux
         f"files: {work_dir.path}", *(f"note: {note}" for note in notes if note)])
 
 
-def end_lines(args, work_dir, result):
-    """How a run ended, where its files are, and the command that shows its predictions."""
-    values = {key: round(value, 4) if isinstance(value, float) else value
-              for key, value in result.items() if key not in ("last", "best")}
-    lines = [f"done: {work_dir.path / 'result.json'}: {json.dumps(values)}"]
-    pictures = f"to look at: {work_dir.path / 'curves.png'}, {work_dir.path / 'val_samples.png'}"
-    if args.performance:
-        return "\n".join([*lines, pictures])
-    python = "python" if shutil.which("python") == sys.executable else sys.executable
-    command = [python, Path(sys.argv[0]).with_name("evaluate.py"), work_dir.best, "--data_path", args.data_path,
-               "--split", args.val_split, "--save_dir", work_dir.path / "val"]
-    gone = "" if work_dir.best.is_file() else " does not exist any more"
-    best = (f"best mIoU {number(result['best_mIoU'], '.2f')} at iteration {result['best_iteration']}: {work_dir.best}"
-            + gone)
-    return "\n".join([*lines, best, pictures, f"next, to see every prediction: {shlex.join(map(str, command))}"])
-
-
-# ---- records
-
 def write_summary(folder, backbone, batch_size, cards, kind, values):
     """FCN_bs<batch>_<cards>p_<kind>.log: `Key = value` lines, as the Ascend port's scripts leave them."""
     case = f"FCN_bs{batch_size}_{cards}p_{kind}"
@@ -374,45 +341,21 @@ def write_summary(folder, backbone, batch_size, cards, kind, values):
     write_whole(folder / f"{case}.log", "".join(f"{key} = {value}\n" for key, value in lines.items()))
 
 
-def start_record(args, data, device, origin):
-    """An entry of run.json: with what a run was started. All values are JSON's.
-
-    args: the namespace; data: the TrainingData; device, origin: descriptions
-    """
-    lists = {name: {"list": part.split, "images": len(part), "sha256": digest(part.ids),
-                    **({"ids": part.ids} if data.lists else {})}
-             for name, part in (("train", data.train), ("val", data.val))}
-    return {"time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "command": shlex.join([Path(sys.executable).name, *sys.argv]), "folder": str(Path.cwd()),
-            "args": vars(args), "start": origin, "device": device, "versions": versions(), "code": code_version(),
-            "data": {"classes": list(data.classes), **lists}}
-
-
 def versions():
-    """The versions that a result depends on: {name: version}."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-             "platform": platform.platform()}
-    if torch.cuda.is_available():
-        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-        found.update(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=driver or None)
-    if "torch_npu" in sys.modules:
-        found["torch_npu"] = getattr(sys.modules["torch_npu"], "__version__", None)
-    return found
-
-
-def code_version():
-    """The commit of this project and whether its files are unchanged since; None each if it is no git checkout."""
-    commit = output_of("git", "-C", str(HERE), "rev-parse", "HEAD") or None
-    changes = output_of("git", "-C", str(HERE), "status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "clean": commit and not changes}
+    """What a result depends on: {name: version, None for what is not there}."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "platform": platform.platform(), "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # else it is loaded now
+            "driver": output_of("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "torch_npu": getattr(sys.modules.get("torch_npu"), "__version__", None)}
 
 
 def output_of(*command):
-    """What a command prints; empty if it fails or does not exist."""
+    """What a command prints; None if it fails or does not exist."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def on_cpu(state):
@@ -422,10 +365,6 @@ def on_cpu(state):
     if isinstance(state, dict):
         return {key: on_cpu(value) for key, value in state.items()}
     return [on_cpu(value) for value in state] if isinstance(state, (list, tuple)) else state
-
-
-def same_file(a, b):
-    return Path(a).exists() and Path(b).exists() and os.path.samefile(a, b)
 
 
 def append(path, line):

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import secrets
 import shutil
 import signal
 import socket
@@ -173,9 +174,12 @@ def left_of(process, work_dir):
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below 32768, from where Linux gives ports to processes that ask for any: one could take it meanwhile."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def children_of(pid):

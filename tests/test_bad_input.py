@@ -114,7 +114,7 @@ def test_a_devkit_in_place_of_its_year_folder_is_pointed_out(drawn_voc, tmp_path
     (("--lr", "nan"), "--lr"), (("--lr", 1e-6), "--min_lr"), (("--scale", 128, 512), "the long side comes first"),
     (("--loss_scale", 128), "no effect without --amp"), (("--opt_level", "O1"), "no effect without --amp"),
     (("--loss_scale", "huge", "--amp"), "--loss_scale"), (("--device", "tpu"), "--device"),
-    (("--resume", ""), "--resume: takes a value, not ''"), (("--momentum", 1), "takes less than 1"),
+    (("--resume", ""), "--resume: takes a value, not ''"), (("--momentum", 1), "at least 0 and below 1"),
     (("--backbone", "resnet18"), "--backbone"), (("--max_iter", 3), "--max_iter"),
     (("--crop_size", 1_000_000), "--crop_size: takes a whole number of at least 1 and at most 16384, not"),
     (("--batch_size", 1_000_000_000), "--batch_size: takes a whole number of at least 1 and at most 16384, not"),
@@ -139,7 +139,7 @@ def test_restarts_resume_from_the_folder(capsys, resume):
     (("--crop_size", 32, "--batch_size", 1), "batch normalisation"),
     (("--amp", "--loss_scale", 128), "needs no loss scale"), (("--device", "npu"), "torch_npu"),
     (("--device_id", 7), "no cpu device 7"), (("--resume", "absent.pth"), "absent.pth"),
-    (("--pretrained", "absent.pth"), "absent.pth"), (("--sync_bn",), "--sync_bn: not on a CPU")])
+    (("--pretrained", "absent.pth"), "absent.pth"), (("--sync_bn",), "--sync_bn is for several NPUs or GPUs")])
 def test_flags_that_cannot_take_effect_are_errors(drawn_voc, tmp_path, flags, words):
     assert words in error_line(TRAIN, *train_flags(drawn_voc, tmp_path / "run"), *flags)
     assert not (tmp_path / "run").exists()
@@ -232,8 +232,8 @@ def test_a_checkpoint_past_the_end_and_one_without_training_state(checkpoint, dr
 def test_evaluate_names_what_is_wrong_with_its_flags(checkpoint, drawn_voc, tmp_path):
     line = evaluate_error(checkpoint, drawn_voc, "--json", tmp_path / "absent/scores.json")
     assert "absent/scores.json: cannot be written; name a file in a folder that exists" in line
-    assert "would overwrite the checkpoint" in evaluate_error(checkpoint, drawn_voc, "--json", checkpoint, status=2)
-    assert "would overwrite the checkpoint" in error_line(EXPORT, checkpoint, checkpoint, status=2)
+    assert "would overwrite this file" in evaluate_error(checkpoint, drawn_voc, "--json", checkpoint)
+    assert "would overwrite this file" in error_line(EXPORT, checkpoint, checkpoint)
     assert "--max_images" in evaluate_error(checkpoint, drawn_voc, "--max_images", 0, status=2)
     assert "absent.txt" in evaluate_error(checkpoint, drawn_voc, "--split", "absent")
     assert "absent.pth" in evaluate_error(tmp_path / "absent.pth", drawn_voc)

@@ -99,5 +99,5 @@ def test_workers_share_the_cores(monkeypatch):
     monkeypatch.setattr(data, "usable_cores", lambda: 16)
     monkeypatch.setattr(data, "DataLoader", lambda *_, num_workers, **settings: seen.append(num_workers) or [])
     for here in (1, 2, 4, 8, 16, 32):
-        data.batches_of([], [], list, None, device.Ranks(CPU, here=here))
+        data.batches_of([], [], None, device.Ranks(CPU, here=here))
     assert seen == [4, 4, 4, 2, 1, 1]

@@ -156,10 +156,10 @@ def test_a_rank_that_waits_for_the_others_ends_on_a_signal(number, drawn_voc, tm
 
 def test_shared_memory_that_runs_out_is_one_line(drawn_voc, tmp_path, monkeypatch):
     """As in a container, whose default is 64 MiB. The queue's thread would lose the batch, and the run would wait."""
-    def share_memory_(tensor):
+    def none_left(*size, **device):
         raise RuntimeError("No space left on device")
 
-    monkeypatch.setattr(torch.Tensor, "share_memory_", share_memory_)
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", none_left)
     assert "no shared memory is left for batches (No space left on device)" in error_line(
         ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"))
 

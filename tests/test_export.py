@@ -55,7 +55,7 @@ def test_an_export_says_what_is_missing_and_leaves_nothing(tmp_path, monkeypatch
     checkpoint = untrained_checkpoint(tmp_path / "net.pth", ANIMALS)
     assert "absent/net.onnx: cannot be written; name a file in" in error_line(
         EXPORT, checkpoint, tmp_path / "absent/net.onnx")
-    assert "would overwrite the checkpoint" in error_line(EXPORT, checkpoint, checkpoint, status=2)
+    assert "FILE would overwrite this file" in error_line(EXPORT, checkpoint, checkpoint)
     assert "takes a value, not ''" in error_line(EXPORT, checkpoint, "", status=2)
     assert "at least 1 and at most 16384, not '0'" in error_line(
         EXPORT, checkpoint, tmp_path / "net.onnx", "--size", 0, 8, status=2)

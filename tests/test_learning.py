@@ -60,8 +60,8 @@ def test_where_an_npu_driver_is_nothing_is_installed(tmp_path, script):
     (tmp_path / "tests").mkdir()
     for name in (script, "env_npu.sh"):
         shutil.copy(ROOT / name, tmp_path / name)
-    for name, status in (("npu-smi", 0), ("bare-python", 1)):
-        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+    for name, body in (("npu-smi", ""), ("bare-python", "echo numpy; exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     done = subprocess.run(["bash", tmp_path / script], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "bare-python"})

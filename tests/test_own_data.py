@@ -154,13 +154,13 @@ def test_a_split_by_seed_is_said_and_kept_whatever_is_added_later(own_unlisted, 
     assert "21 classes, 9 images of 'train', 2 of 'val'; no lists there: split by --seed and --val_fraction" in output
     lists = state(work_dir / "ckpt/latest.pth")["meta"]["lists"]
     assert {name: len(ids) for name, ids in lists.items()} == {"train": 9, "val": 2}
-    assert lists == split_by_seed(own_unlisted, 0.2, 0) and files(own_unlisted) == before
+    assert lists == split_by_seed(VOC.labelled(own_unlisted)[0], 0.2, 0) and files(own_unlisted) == before
     record = json.loads((work_dir / "run.json").read_text())["starts"][0]["data"]
     assert record["val"]["ids"] == lists["val"] and record["val"]["sha256"] == digest(lists["val"])
     for name in ("aaa", "zzz"):
         shutil.copy(next((own_unlisted / "images").rglob("*.png")), own_unlisted / f"images/{name}.png")
         shutil.copy(next(path for path in (own_unlisted / "masks").rglob("*.PNG")), own_unlisted / f"masks/{name}.png")
-    assert split_by_seed(own_unlisted, 0.2, 0) != lists
+    assert split_by_seed(VOC.labelled(own_unlisted)[0], 0.2, 0) != lists
     whole = train(own_unlisted, tmp_path / "again", "--resume", work_dir / "ckpt/iter_2.pth").stdout
     assert "9 images of 'train', 2 of 'val'" in whole and "holds other images" not in whole
     assert state(tmp_path / "again/ckpt/latest.pth")["meta"]["lists"] == lists
@@ -196,7 +196,7 @@ def test_lists_that_a_folder_gets_later_do_not_leak(own_unlisted, tmp_path, no_p
 
 
 def test_images_without_labels_and_labels_without_images_are_named(own_unlisted, tmp_path, no_pictures):
-    first = VOC.labelled_ids(own_unlisted)[0]
+    first = VOC.labelled(own_unlisted)[0][0]
     VOC(own_unlisted, "", ids=()).label_path(first).rename(own_unlisted / "masks/orphan_mask.png")
     output = train(own_unlisted, tmp_path / "run", "--max_iters", 1).stdout
     assert (f"note: skipped: 2 images without a label of their name ({first}, not labelled); "
@@ -223,7 +223,7 @@ def test_a_split_is_of_the_seed_and_the_fraction(unlisted):
 
 
 def test_images_of_any_format_and_case_are_read(unlisted, drawn_voc):
-    data = VOC(unlisted, "all", split_by_seed(unlisted, 0.5, 0)["train"])
+    data = VOC(unlisted, "all", split_by_seed(VOC.labelled(unlisted)[0], 0.5, 0)["train"])
     assert data.check(21)
     for index, image_id in enumerate(data.ids):
         image, label = data[index]
@@ -277,10 +277,10 @@ def test_class_names_of_any_script_do_not_end_a_training_under_an_ascii_locale(o
 
 def test_files_that_begin_with_a_dot_are_no_images(own_unlisted):
     """As macOS leaves `._a.jpg` next to each file that it copies."""
-    before = VOC.labelled_ids(own_unlisted)
+    before = VOC.labelled(own_unlisted)
     for path in [*VOC(own_unlisted, "", ids=()).images.iterdir(), *(own_unlisted / "masks").glob("*")]:
         path.with_name(f"._{path.name}").write_bytes(b"resource fork")
-    assert VOC.labelled_ids(own_unlisted) == before
+    assert VOC.labelled(own_unlisted) == before
 
 
 def test_a_list_that_cannot_be_used_is_an_error(own_unlisted, tmp_path):

@@ -11,9 +11,10 @@ from peers import mmseg_loss, mmseg_model
 from scipy import stats
 from test_fcn8s import shake
 from torch import nn
+from torch.utils.data import default_collate
 
 from amp import BatchNormGuard, Precision, fused_sgd
-from data import ScaledImages, stack_scaled
+from data import ScaledImages
 from fcn8s import FCN8s
 from inference import Protocol, class_map, predict
 from metrics import confusion_matrix, scores_of
@@ -294,7 +295,7 @@ def test_predictions_on_real_images(real_voc, tmp_path, how):
     images = ScaledImages(VOC(real_voc, "val"), protocol.scales())
     agree = []
     for i in range(5):
-        _, batches, (label,) = stack_scaled([images[i]])
+        batches, (label,) = default_collate([images[i]])
         views = [view[0] for batch in batches for view in predict(model, batch, protocol)]
         ours = class_map(views, tuple(label.shape))
         results = peers_views(peer, [prepare(batch) for batch in batches], tuple(label.shape), flips)

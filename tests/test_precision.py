@@ -1,5 +1,4 @@
 """Precisions: optimizer steps with infinite gradients, loss scales, flags that cannot take effect, which apex it is."""
-import re
 import sys
 from types import SimpleNamespace
 
@@ -73,31 +72,27 @@ def test_precision_flags_that_cannot_take_effect(flags, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-COMPLETE = """
-def initialize(model, optimizer): pass
-scale_loss = master_params = disable_casts = state_dict = load_state_dict = initialize
-"""
+APEX_AMP = "def initialize(model, optimizer): pass"
 
 
 @pytest.mark.parametrize("kind, files, words", [
-    ("npu", {"__init__": "raise SystemError('imported')"}, "is PyPI's unrelated package of that name; uninstall it"),
-    ("cuda", {"optimizers": ""}, "has no amp, which NVIDIA took out in May 2025"),
-    ("cuda", {"amp": "def initialize(): pass"}, "lacks amp.scale_loss"),
-    ("cuda", {"__init__": "import torch._six", "amp": ""}, "apex cannot be imported (No module named 'torch._six')"),
-    ("npu", {"amp": COMPLETE}, "is for CUDA devices"),
-    ("cuda", {"amp": COMPLETE.replace("optimizer)", "optimizer, combine_grad=None)")}, "is for NPUs"),
-    ("cuda", {"amp": COMPLETE}, None)])
+    ("npu", {"__init__": "raise SystemError('pyramid')"}, "(pyramid); PyPI's apex is an unrelated package"),
+    ("cuda", {"optimizers": ""}, "(No module named 'apex.amp'); PyPI's apex is an unrelated package, and NVIDIA took"),
+    ("cuda", {"__init__": "import torch._six", "amp": ""}, "cannot be imported (No module named 'torch._six')"),
+    ("npu", {"amp": APEX_AMP}, "is for CUDA devices"),
+    ("cuda", {"amp": APEX_AMP.replace("optimizer)", "optimizer, combine_grad=None)")}, "is for NPUs"),
+    ("cuda", {"amp": APEX_AMP}, None)])
 def test_apex_is_told_by_what_it_offers(tmp_path, monkeypatch, kind, files, words):
     forget_apex()
     (tmp_path / "apex").mkdir()
     for name, text in {"__init__": "", **files}.items():
         (tmp_path / f"apex/{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
+    amp, missing = find_apex(kind)
     if words is None:
-        assert find_apex(kind).__name__ == "apex.amp"
+        assert amp.__name__ == "apex.amp" and missing is None
     else:
-        with pytest.raises(ImportError, match=re.escape(words)):
-            find_apex(kind)
+        assert amp is None and words in missing and "\n" not in missing
     forget_apex()
 
 
@@ -113,7 +108,7 @@ def test_on_cuda_apex_is_for_what_it_alone_can_do(tmp_path, monkeypatch):
     """Where it is installed: NVIDIA's waits for the device in each step."""
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex/__init__.py").write_text("")
-    (tmp_path / "apex/amp.py").write_text(COMPLETE)
+    (tmp_path / "apex/amp.py").write_text(APEX_AMP)
     monkeypatch.syspath_prepend(tmp_path)
     forget_apex()
     assert str(choose_precision(CUDA, True)) == "float16 with loss scale dynamic"  # PyTorch's own

@@ -82,7 +82,7 @@ class Disturbed:
     def older(self):
         """The whole checkpoints that are not the newest."""
         found = self.folder.newest()
-        return [path for _, path in self.folder.saved() if whole(path) and not os.path.samefile(path, found[0])]
+        return [path for path in self.folder.saved() if whole(path) and not os.path.samefile(path, found[0])]
 
     def damage(self):
         """Flips a bit of the newest checkpoint, where another one is whole."""
