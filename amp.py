@@ -57,7 +57,7 @@ def choose_precision(device, amp=False, opt_level=None, loss_scale=None, backend
     """The Precision or ApexPrecision for the flags of train.py with these names; None: the device's default.
 
     opt_level: "O0" to "O3"; loss_scale: a number or "dynamic"; dtype: "float16" or "bfloat16"
-    backend: "apex", "native", or "auto" (default): apex for what it alone can do, and on an NPU where it is installed
+    backend: "apex", "native", or "auto" (default): apex for O2 and O3, and on an NPU where it is installed
     Raises UserError for what does not exist on the device, or would have no effect.
     """
     if not amp:
@@ -73,8 +73,7 @@ def choose_precision(device, amp=False, opt_level=None, loss_scale=None, backend
         "--amp_dtype bfloat16: apex mixes in float16 alone; use --amp_backend native and O1":
             dtype == "bfloat16" and needs_apex,
         f"--amp_dtype bfloat16: {device} cannot compute in it; use float16":
-            dtype == "bfloat16" and device.type != "cpu"
-            and not torch.get_device_module(device.type).is_bf16_supported(),
+            dtype == "bfloat16" and not computes_bfloat16(device),
         f"--opt_level {level} needs apex; --amp_backend native has O0 and O1": needs_apex and backend == "native",
         f"--opt_level {level} by apex: {missing}; PyTorch's own AMP has O1: --amp_backend native":
             needs_apex and missing,
@@ -84,6 +83,13 @@ def choose_precision(device, amp=False, opt_level=None, loss_scale=None, backend
             loss_scale == "dynamic" and device.type == "npu" and not apex})  # aclnnAmpUpdateScale fails (CANN 9.1)
     loss_scale = loss_scale or (LOSS_SCALES[device.type] if computes is torch.float16 else 1.0)
     return ApexPrecision(device, apex, level, loss_scale) if apex else Precision(device, computes, loss_scale)
+
+
+def computes_bfloat16(device):
+    """True if the device computes in bfloat16; older GPUs emulate it slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" or torch.npu.is_bf16_supported()
 
 
 def refuse(problems):
@@ -129,7 +135,8 @@ def check_run(args, ranks, precision, model, classes):
     kind, stride, has_bn = ranks.device.type, max(model.backbone.strides), bool(bn_layers(model))
     several, apex = kind != "cpu" and ranks.count > 1, isinstance(precision, ApexPrecision)
     transposed = any(isinstance(module, torch.nn.ConvTranspose2d) for module in model.modules())
-    compiles = shutil.which(os.environ.get("CXX") or "g++") if kind == "cpu" else importlib.util.find_spec("triton")
+    compiler = os.environ.get("CXX") or "g++" if kind == "cpu" else os.environ.get("CC") or "gcc"
+    compiles = shutil.which(compiler) and (kind == "cpu" or importlib.util.find_spec("triton"))
     refuse({
         "--accumulate and --compile do not go with apex; use --amp_backend native":
             apex and (args.accumulate > 1 or args.compile),
@@ -137,7 +144,7 @@ def check_run(args, ranks, precision, model, classes):
             args.sync_bn and not (several and has_bn),
         "--compile does not go with --sync_bn, at which torch.compile breaks the graph (PyTorch issue 161302); leave "
         "one out": args.compile and args.sync_bn,
-        f"--compile needs {'g++' if kind == 'cpu' else 'the package triton'} on {kind}; install it, or leave it out":
+        f"--compile needs {compiler}{' and triton' * (kind != 'cpu')} on {kind}; install it, or leave it out":
             args.compile and not compiles,
         f"--crop_size {args.crop_size} with --batch_size 1 leaves batch normalisation one value a channel; --crop_size "
         f"takes more than {stride} then":
@@ -154,7 +161,7 @@ def name_of(dtype):
 
 
 def fused_sgd(parameters, device, precision, lr, momentum, weight_decay):
-    """SGD with the fewest kernel launches on the device."""
+    """SGD with the fewest kernel launches on the device. parameters: a list"""
     settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     if device.type == "npu":
         return pkgutil.resolve_name(precision.npu_sgd)(parameters, **settings)
@@ -273,13 +280,13 @@ class ApexPrecision:
     def step(self, optimizer):
         if self.loss_scale == "dynamic":
             # Where apex found an overflow it lowered the scale, and its `optimizer.step` does nothing this once.
-            left_out = self.scale() < self.scale_before
+            skipped = self.scale() < self.scale_before
         else:
             gradients = [p.grad for p in self.amp.master_params(optimizer) if p.grad is not None]
-            left_out = not torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()  # apex does not look
-        if self.loss_scale == "dynamic" or not left_out:
+            skipped = not torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()  # apex does not look
+        if self.loss_scale == "dynamic" or not skipped:
             optimizer.step()
-        return torch.tensor(left_out, device=self.device)
+        return torch.tensor(skipped, device=self.device)
 
     def scale(self):
         return self.amp.state_dict()["loss_scaler0"]["loss_scale"]
@@ -305,6 +312,8 @@ def find_apex(device_type):
     Ascend's is for NPUs, NVIDIA's for CUDA devices, PyPI's is unrelated."""
     if device_type == "cpu":
         return None, "apex needs an NPU or a CUDA device"
+    if importlib.util.find_spec("apex") is None:
+        return None, "apex is not installed"
     try:
         amp = importlib.import_module("apex.amp")
         is_ascends = "combine_grad" in inspect.signature(amp.initialize).parameters

@@ -225,5 +225,7 @@ def collate(samples):
     try:
         return default_collate(samples)
     except RuntimeError as error:
+        if "/torch_" not in str(error):  # a file in /dev/shm
+            raise
         raise UserError(f"no shared memory is left for batches ({first_line(error)}); give more (docker run "
                         "--shm-size=8g), or --workers 0") from None

@@ -35,7 +35,7 @@ class FCN8s(nn.Module):
         self.num_classes, self.backbone_name, self.form = num_classes, backbone, "unpadded"
         self.backbone = BACKBONES[backbone].network()
         channels, self.auxiliary_head = self.backbone.channels, None
-        if self.backbone.strides == SKIP_STRIDES:
+        if tuple(self.backbone.strides) == SKIP_STRIDES:
             self.decode_head = SkipHead(channels, num_classes)
         else:
             self.decode_head = ConvHead(2, channels[2], 512, num_classes, convs=2, concat_input=True)
@@ -151,8 +151,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A ResNet of bottlenecks: images [N, 3, H, W] -> the outputs of its stages 2, 3 and 4.
 
-    What FCN8s asks of a backbone: a constructor without arguments, `channels` and `strides` of its three outputs, and
-    `from_imagenet`, if the table names weights for it.
+    What FCN8s asks of a backbone: a constructor without arguments, `channels` and `strides` of its three outputs (the
+    latter 8, 16, 32 or 8, 8, 8), and `from_imagenet`, if the table names weights for it.
 
     blocks: how many bottlenecks each stage has
     deep_stem: three 3x3 convolutions (ResNetV1c) instead of one 7x7

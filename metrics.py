@@ -25,7 +25,7 @@ def confusion_matrix(label, prediction, num_classes):
 
 
 def scores_of(confusion):
-    """The metrics of a confusion matrix, in per cent; a class that is 0/0 is NaN and left out of the mean.
+    """The metrics of a confusion matrix (NumPy), in per cent; a class that is 0/0 is NaN and left out of the mean.
 
     -> dict: aAcc, correct / labelled pixels; Acc [C], correct / the label's pixels, and its mean mAcc; IoU [C],
     correct / (label's + predicted - correct pixels), and its mean mIoU (Long et al., section 4)

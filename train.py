@@ -265,9 +265,9 @@ class Progress:
     samples: int = 0  # taken from the stream of training samples
     best: float = -1.0  # mIoU of best.pth
     best_iteration: int = 0  # and its iteration
-    sums: list = (0.0,) * 5  # of train_step's results since the last log line
+    sums: list | tuple = (0.0,) * 5  # of train_step's results since the last log line
     skipped: int = 0  # steps, up to the last log line
-    seconds: float = 0.0
+    seconds: float = 0.0  # of training, of all starts together
 
 
 # ---- a run
@@ -284,7 +284,7 @@ def main(args):
 
         # data
         data, val_sizes = open_checked(args, start and start[1].meta.get("lists"), ranks)
-        args.train_split = data.train.split
+        args.train_split, args.val_split = data.train.split, data.val.split
         protocol = Protocol(args.scale, pad_to=args.pad_to)
         protocol.check(val_sizes)
 
@@ -328,10 +328,10 @@ def main(args):
             raise UserError(f"{what} at iteration {progress.iteration}; lower --lr{resumes}")
 
         def save(best=False):
-            """No checkpoint while the loss is NaN or Inf, so that the last good one stays the newest."""
+            """Saves a checkpoint, but not while the loss is NaN or Inf: the last good one stays the newest."""
             nonlocal saved
             if nan_run > 0 and progress.iteration == last:
-                fail("the loss is NaN or Inf at the end,")
+                fail("the last loss is NaN or Inf,")
             if nan_run > 0 or args.performance:
                 if not args.performance:
                     work_dir.log(f"no checkpoint at iteration {progress.iteration}: the loss is NaN or Inf")
@@ -350,7 +350,7 @@ def main(args):
             saved = progress.iteration
 
         def evaluate_now():
-            """Scores the model, saves it with its score, and draws. The model is saved before."""
+            """Scores the model, saves it with its score, and draws. It was saved before, as a signal may end this."""
             if ranks.count > 1:
                 bn_guard.broadcast()
             with stop.at_once(), precision.evaluated(model) as scored:

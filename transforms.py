@@ -101,22 +101,21 @@ class TrainAugmentation:
             return [int(rng.integers(max(side - self.crop_size, 0) + 1)) for side in scaled]
 
         classes = [index for index, count in enumerate(Image.fromarray(label.numpy()).histogram()[:IGNORE]) if count]
+        sources = [source_pixels(side, out) for side, out in zip(label.shape, scaled, strict=True)]
         corner = draw()
         for _ in range(self.CROP_TRIES):
-            counts = count_classes(label.numpy(), classes, *self.crop_sources(label, scaled, corner))
+            rows, columns = (source[start:start + self.crop_size]
+                             for source, start in zip(sources, corner, strict=True))
+            counts = count_classes(label.numpy(), classes, rows, columns)
             if sum(map(bool, counts)) > 1 and max(counts) < self.LARGEST_CLASS * sum(counts):
                 break
             corner = draw()
         return corner
 
-    def crop_sources(self, label, scaled, corner):
-        """The rows and the columns of the label that its crop takes: at a corner (top, left), once resized."""
-        return [source_pixels(side, out)[start:start + self.crop_size]
-                for side, out, start in zip(label.shape, scaled, corner, strict=True)]
-
     def crop_label(self, label, scaled, top, left):
         """The crop at (top, left) of the label resized to `scaled`."""
-        rows, columns = self.crop_sources(label, scaled, (top, left))
+        rows, columns = (source_pixels(side, out)[start:start + self.crop_size]
+                         for side, out, start in zip(label.shape, scaled, (top, left), strict=True))
         source = label.numpy()[rows[0]:rows[-1] + 1]
         return torch.from_numpy(source.take(columns, 1).take(rows - rows[0], 0))
 

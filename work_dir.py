@@ -1,7 +1,7 @@
 """The files of a run: lock, log, metrics, checkpoints, run.json, result.json and the Ascend port's summary.
 
 A folder with checkpoints is a run; anything else in it may be overwritten. ckpt/ holds iter_<n>.pth, latest.pth, from
-which `--resume auto` continues, and best.pth. They are hard links to the same files, or copies.
+which `--resume auto` resumes, and best.pth. They are hard links to the same files, or copies.
 """
 import contextlib
 import datetime
@@ -71,7 +71,7 @@ class WorkDir(contextlib.ExitStack):
             self.lock()
         newest = self.newest()
         if newest and resume is None:
-            raise UserError(f"{self.path}: holds a run already; continue it by --resume auto, or name another folder "
+            raise UserError(f"{self.path}: holds a run already; resume it by --resume auto, or name another folder "
                             "by --work_dir")
         if resume in (None, "auto"):
             return newest
@@ -113,7 +113,7 @@ class WorkDir(contextlib.ExitStack):
             try:
                 return path, Checkpoint.read(path)
             except UserError as error:
-                self.log(f"{error}. Trying the one before it.")
+                self.log(f"{error}. It is not used.")
         if found:
             raise UserError(f"{self.checkpoints}: holds no checkpoint that can be read; name one by --resume FILE and "
                             "another folder by --work_dir")
@@ -139,7 +139,7 @@ class WorkDir(contextlib.ExitStack):
             if start is None:
                 for path in (self.record_path, self.metrics_path, self.log_path, self.path / "result.json"):
                     path.unlink(missing_ok=True)
-            else:
+            elif start != self.latest:
                 link_or_copy(start, self.latest)
             kept = [line for line in self.metrics()
                     if line["iter"] <= (progress.evaluated if "mIoU" in line else progress.iteration)]
@@ -184,7 +184,8 @@ class WorkDir(contextlib.ExitStack):
     def log_losses(self, progress, sums, rate, speed, memory, last):
         """A log line and its twin in metrics.jsonl: mean losses, speed, memory.
 
-        sums: of train_step's results since the last line; speed: of Speed.read; memory: in bytes
+        sums: of train_step's results since the last line; rate: learning rate; speed: of Speed.read; memory: in bytes;
+        last: the last iteration
         """
         *losses, counted, skipped = sums
         losses = {name: loss / counted if counted else None
@@ -212,11 +213,13 @@ class WorkDir(contextlib.ExitStack):
     def metrics(self):
         """The lines of metrics.jsonl as dicts; a last line cut short by a crash is left out."""
         content = self.metrics_path.read_bytes() if self.metrics_path.is_file() else b""
-        try:
-            metrics = [json.loads(line) for line in content.decode().split("\n")[:-1]]
-            [line["iter"] + 0 for line in metrics]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.metrics_path}: damaged ({error}); fix or delete that line") from None
+        metrics = []
+        for row, line in enumerate(content.split(b"\n")[:-1], 1):
+            try:
+                metrics.append(json.loads(line))
+                int(metrics[-1]["iter"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{self.metrics_path}: line {row} is damaged ({error}); fix or delete it") from None
         return metrics
 
     def save(self, content, number, best):
@@ -236,7 +239,7 @@ class WorkDir(contextlib.ExitStack):
     # ---- what a run was, and its results
 
     def add_record(self, args, data, device, origin):
-        """Adds an entry to run.json: with what the run was started or resumed. origin: of the weights, as text"""
+        """Adds an entry to run.json: flags, data and versions of this start. origin: of the weights, as text"""
         if not self.writes:
             return
         lists = {name: {"list": part.split, "images": len(part), "sha256": digest(part.ids),
@@ -345,7 +348,7 @@ def versions():
     """What a result depends on: {name: version, None for what is not there}."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "platform": platform.platform(), "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # else it is loaded now
+            "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # asking loads cuDNN
             "driver": output_of("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
             "torch_npu": getattr(sys.modules.get("torch_npu"), "__version__", None)}
 

@@ -286,7 +286,7 @@ def test_metrics_that_lack_a_part_or_are_no_text(whole, drawn_voc, tmp_path):
     assert "nothing is left to train" in error_line(TRAIN, *train_flags(drawn_voc, work_dir), *AUTO)
     for content in (b'{"iter": 1, "loss": \xff}\n', b"[1]\n", b"no JSON\n"):
         path.write_bytes(content)
-        assert "metrics.jsonl: damaged (" in error_line(TRAIN, *train_flags(drawn_voc, work_dir), *AUTO)
+        assert "metrics.jsonl: line 1 is damaged (" in error_line(TRAIN, *train_flags(drawn_voc, work_dir), *AUTO)
         assert path.read_bytes() == content
 
 
