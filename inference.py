@@ -31,9 +31,9 @@ def add_protocol_flags(parser):
     how.add_argument("--scale", type=number(1, 2 ** 16), nargs=2, metavar=("LONG", "SHORT"),
                      help="fit each image into these sides, in pixels (default: the checkpoint's; 2048 512 for "
                           "mmsegmentation's, the image's own size for torchfcn's)")
-    how.add_argument("--pad_to", type=number(1, MAX_SIDE), metavar="N",
-                     help="pad each image right and bottom to N x N pixels, so that every shape is the same (default: "
-                          "no padding)")
+    how.add_argument("--pad_to", type=number(0, MAX_SIDE), metavar="N",
+                     help="pad each image right and bottom to N x N pixels, so that every shape is the same; 0: no "
+                          "padding (default: the checkpoint's)")
     how.add_argument("--ratios", type=number(0, 100, float, without=(0,)), nargs="+", metavar="R", default=(1.0,),
                      help="average over these multiples of the scale, say 0.5 0.75 1.0 1.25 1.5 1.75 (default: 1)")
     how.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
@@ -46,15 +46,23 @@ def add_protocol_flags(parser):
 
 def check_protocol(parser, args):
     """Values that make no sense together are a usage error. Several values of a flag become a tuple."""
-    if args.scale and args.scale[0] < args.scale[1]:
-        parser.error(f"--scale {args.scale[0]} {args.scale[1]}: the long side comes first")
+    check_scales(parser, args, "scale")
     if args.slide and args.slide[0] < args.slide[1]:
         parser.error(f"--slide {args.slide[0]} {args.slide[1]}: the stride is longer than the window, pixels would be "
                      "left out; CROP comes first")
     if args.slide and args.pad_to:
         parser.error("--pad_to and --slide do not go together: a window is of one shape already")
-    for flag in ("scale", "ratios", "slide"):
+    for flag in ("ratios", "slide"):
         setattr(args, flag, getattr(args, flag) and tuple(getattr(args, flag)))
+
+
+def check_scales(parser, args, *flags):
+    """The long side comes first, or it is a usage error. Two values become a tuple."""
+    for flag in flags:
+        sides = getattr(args, flag)
+        if sides and sides[0] < sides[1]:
+            parser.error(f"--{flag} {sides[0]} {sides[1]}: the long side comes first")
+        setattr(args, flag, sides and tuple(sides))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Protocol:
     scale: (long, short) sides that an image is fitted into, in pixels, aspect kept; None: its own size
     ratios: of the scale; the softmax of all of them is averaged
     flip: average over the image and its mirror image as well
-    pad_to: the network sees the image padded right and bottom to that side, in pixels; None: as it is
+    pad_to: the network sees the image padded right and bottom to that side, in pixels; None, 0: as it is
     slide: (crop, stride) in pixels: windows, whose logits are averaged where they overlap; None: the whole image
     batch_size: images of one shape that run together; None: 1 on a CPU, else TOGETHER
     amp: mixed precision, in AMP_DTYPES of the device; else float32
@@ -84,11 +92,12 @@ class Protocol:
         return cls(**{name: value for name, value in vars(args).items() if name in names})
 
     def with_scale_of(self, checkpoint):
-        """The same; a scale of None becomes the checkpoint's, with the padding that it was evaluated with."""
+        """The same; a scale of None becomes the checkpoint's, and then a pad_to of None its padding. 0 stays."""
         if self.scale:
             return self
-        whole_image = not self.slide and self.ratios == (1.0,)
-        pad_to = self.pad_to or (checkpoint.meta.get("args", {}).get("pad_to") if whole_image else None)
+        pad_to = self.pad_to
+        if pad_to is None and not self.slide and self.ratios == (1.0,):
+            pad_to = checkpoint.meta.get("args", {}).get("pad_to")
         return dataclasses.replace(self, scale=checkpoint.scale(), pad_to=pad_to)
 
     def batch_on(self, device):
@@ -120,7 +129,7 @@ class Protocol:
             largest = max(max(size if scale is None else scaled_size(*size, *scale)) for size in sizes)
             if self.pad_to and largest > self.pad_to:
                 raise UserError(f"--pad_to {self.pad_to}: images of up to {largest} pixels a side do not fit; add "
-                                f"--scale {self.pad_to} {self.pad_to}, or pad to more")
+                                f"--scale {self.pad_to} {self.pad_to} (train.py: --val_scale), or pad to more")
 
     def __str__(self):
         size = f"fitted into {self.scale[0]}x{self.scale[1]}" if self.scale else "of their own size"

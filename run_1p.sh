@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One card: bash run_1p.sh --data_path=DIR [--device_id=N] [--performance] [any flag of train.py]
-# With AMP O1 unless on a CPU; --opt_level O0 undoes that.
+# With AMP O1 unless on a CPU; --opt_level O0 undoes that. On an NPU it evaluates as the Ascend port: at 512, padded to
+# 512x512, unless --scale, --val_scale or --pad_to is given.
 # Without --data_path: converts, trains, evaluates and predicts on a small data set that it draws.
 set -euo pipefail
 here=$(dirname "$0")
@@ -8,7 +9,7 @@ source "$here/env_npu.sh"
 find_python "$here/requirements.txt" numpy scipy PIL tqdm matplotlib
 
 # Defaults come before "$@": argparse takes the last value of a flag.
-if [[ " $*" =~ \ (--data[_-]path|--help|-h) ]]; then exec "$python" "$here/train.py" $(amp "$@") "$@"; fi
+if [[ " $*" =~ \ (--data[_-]path|--help|-h) ]]; then exec "$python" "$here/train.py" $(amp "$@") $(evaluation "$@") "$@"; fi
 
 show() { printf '\n$ %s\n' "$*"; "$@"; }
 sample=output/drawn_voc

@@ -46,7 +46,7 @@ from device import (
     readable_errors,
 )
 from fcn8s import BACKBONES, DEFAULT_BACKBONE, FCN8s
-from inference import Protocol, classify, evaluate
+from inference import Protocol, check_scales, classify, evaluate
 from metrics import WARM_UP_ITERS, Speed, scores_of
 from transforms import prepare_batch
 from voc import IGNORE, palette
@@ -54,9 +54,9 @@ from weights import load_resumed, load_start, resume
 from work_dir import memory_hint, open_work_dir, start_lines
 
 # Flags that shape the result; a checkpoint holds them.
-SHAPING = ("backbone", "train_split", "val_split", "crop_size", "scale", "pad_to", "batch_size", "accumulate",
-           "max_iters", "lr", "min_lr", "power", "momentum", "weight_decay", "class_weights", "freeze_bn", "sync_bn",
-           "compile", "seed", "amp", "opt_level", "loss_scale", "amp_backend", "amp_dtype")
+SHAPING = ("backbone", "train_split", "val_split", "crop_size", "scale", "val_scale", "pad_to", "batch_size",
+           "accumulate", "max_iters", "lr", "min_lr", "power", "momentum", "weight_decay", "class_weights", "freeze_bn",
+           "sync_bn", "compile", "seed", "amp", "opt_level", "loss_scale", "amp_backend", "amp_dtype")
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (mmsegmentation's configs/_base_/models/fcn_r50-d8.py)
 VAL_SAMPLES = 6  # images in val_samples.png
 MAX_NAN_STEPS = 10  # consecutive steps with a NaN or Inf loss after which the run stops: it does not recover
@@ -107,9 +107,11 @@ def parse_args(argv=None):
     data.add_argument("--scale", type=number(1, 2 ** 16), nargs=2, metavar=("LONG", "SHORT"), default=(2048, 512),
                       help="fit images into these sides, in pixels; training varies them by 0.5 to 2 "
                            "(default: 2048 512)")
-    data.add_argument("--pad_to", type=number(1, MAX_SIDE), metavar="N",
-                      help="evaluate images padded right and bottom to N x N pixels, as the Ascend port does with "
-                           "--scale 512 512 (default: no padding)")
+    data.add_argument("--val_scale", type=number(1, 2 ** 16), nargs=2, metavar=("LONG", "SHORT"),
+                      help="fit the images to evaluate into these sides (default: those of --scale)")
+    data.add_argument("--pad_to", type=number(0, MAX_SIDE), metavar="N",
+                      help="and pad them right and bottom to N x N pixels; the Ascend port has --val_scale 512 512 "
+                           "--pad_to 512 (default: 0, no padding)")
     data.add_argument("--workers", type=number(0), metavar="N",
                       help="processes that load images, for each card (default: 4, fewer where the cores are few)")
 
@@ -165,8 +167,8 @@ def check_flags(parser, args):
         parser.error("--tensorboard needs the package tensorboard, which is missing; pip install tensorboard")
     if args.lr is None:
         args.lr = BACKBONES[args.backbone].lr
-    if args.scale[0] < args.scale[1]:
-        parser.error(f"--scale {args.scale[0]} {args.scale[1]}: the long side comes first")
+    check_scales(parser, args, "scale", "val_scale")
+    args.val_scale, args.pad_to = args.val_scale or args.scale, args.pad_to or None
     if args.min_lr > args.lr:
         parser.error(f"--min_lr {args.min_lr} is above --lr {args.lr}; the learning rate falls towards it")
     check_precision_flags(parser, args)
@@ -182,7 +184,6 @@ def check_flags(parser, args):
                          f"measure; it takes more than {WARM_UP_ITERS}")
     if args.at_once and args.pretrained in ("imagenet", "none"):
         parser.error(f"--at_once has no effect with --pretrained {args.pretrained}")
-    args.scale = tuple(args.scale)
 
 
 # ---- the recipe
@@ -285,7 +286,7 @@ def main(args):
         # data
         data, val_sizes = open_checked(args, start and start[1].meta.get("lists"), ranks)
         args.train_split, args.val_split = data.train.split, data.val.split
-        protocol = Protocol(args.scale, pad_to=args.pad_to)
+        protocol = Protocol(args.val_scale, pad_to=args.pad_to)
         protocol.check(val_sizes)
 
         # network and optimizer
@@ -308,12 +309,12 @@ def main(args):
             network = torch.compile(network, dynamic=False)
         progress, saved = Progress(), None
         if start:
-            resume(optimizer, precision, data, start, progress)
+            resume(args, optimizer, precision, data, start, progress)
             saved = progress.iteration
         work_dir.open(start and start[0], progress, last, args.tensorboard)
         del start  # it holds the weights and the momentum once more
         work_dir.add_record(args, data, device, origin)
-        work_dir.log(start_lines(args, ranks, data, model, precision, last, origin, work_dir, AUX_WEIGHT))
+        work_dir.log(start_lines(args, ranks, data, protocol, model, precision, last, origin, work_dir, AUX_WEIGHT))
 
         # loop
         began = time.perf_counter() - progress.seconds
@@ -340,7 +341,7 @@ def main(args):
                 fail("a weight or BN statistic is NaN or Inf")
             progress.sums, progress.seconds = sums.tolist(), time.perf_counter() - began
             meta = {"backbone": args.backbone, "num_classes": model.num_classes, "classes": data.classes,
-                    "palette": palette()[:model.num_classes].tolist(), "form": model.form, "scale": args.scale,
+                    "palette": palette()[:model.num_classes].tolist(), "form": model.form, "scale": protocol.scale,
                     "args": {name: getattr(args, name) for name in SHAPING}, "ranks": ranks.count,
                     "digests": data.digests(), "lists": data.lists}
             if work_dir.writes:

@@ -287,13 +287,13 @@ def changes(args, data, ranks, checkpoint):
     meta = checkpoint.meta
     pairs = [("ranks", meta["ranks"], ranks.count)]
     pairs += [(f"--{name}", tuple(was) if isinstance(was, list) else was, getattr(args, name))
-              for name, was in meta["args"].items()]
+              for name, was in {"val_scale": meta["scale"], **meta["args"]}.items()]  # which older ones have as scale
     return [f"{name} {was} -> {now}" for name, was, now in pairs if was != now] + [
         f"the list '{getattr(data, name).split}' holds other images" for name, digest in data.digests().items()
         if digest != meta["digests"][name]]
 
 
-def resume(optimizer, precision, data, start, progress):
+def resume(args, optimizer, precision, data, start, progress):
     """Loads the training state of a checkpoint. `progress` becomes the checkpoint's."""
     path, checkpoint = start
     training = checkpoint.training
@@ -311,5 +311,6 @@ def resume(optimizer, precision, data, start, progress):
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # a state of another kind
         raise UserError(f"{path}: its training state does not fit ({first_line(error)}); start from its weights with "
                         f"--pretrained {path}") from None
-    if checkpoint.meta["digests"]["val"] != data.digests()["val"]:  # scores on other images are not comparable
+    was = checkpoint.meta["digests"]["val"], checkpoint.scale(), checkpoint.meta["args"].get("pad_to")
+    if was != (data.digests()["val"], args.val_scale, args.pad_to):  # scores of another evaluation are not comparable
         progress.best, progress.best_iteration = -1.0, 0

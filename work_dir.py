@@ -310,8 +310,8 @@ def memory_hint(args):
     return f"{mixed}--batch_size {size} --accumulate {batches} needs less for the same step"
 
 
-def start_lines(args, ranks, data, model, precision, last, origin, work_dir, aux_weight):
-    """What a run is, and its recipe, as text. origin: of the weights; last: the last iteration"""
+def start_lines(args, ranks, data, protocol, model, precision, last, origin, work_dir, aux_weight):
+    """What a run is, and its recipe, as text. protocol: of its evaluations; origin: of the weights; last: iteration"""
     images = args.batch_size * args.accumulate * ranks.count
     batch = " x ".join(str(n) for n in (ranks.count, args.batch_size, args.accumulate)[:2 + (args.accumulate > 1)])
     flags = {"sync_bn": "synchronised BN", "compile": "compiled", "freeze_bn": "frozen BN",
@@ -333,6 +333,7 @@ def start_lines(args, ranks, data, model, precision, last, origin, work_dir, aux
         f"weight decay {args.weight_decay}; loss: main + {aux_weight} x auxiliary",
         f"augmentation: fitted into {args.scale[0]}x{args.scale[1]}, times 0.5 to 2; crop {args.crop_size}, flip, "
         "photometric distortion",
+        f"evaluation: images {protocol}",
         f"files: {work_dir.path}", *(f"note: {note}" for note in notes if note)])
 
 

@@ -23,6 +23,9 @@ def command(tmp_path):
     return start
 
 
+PORT = ["--val_scale", "512", "512", "--pad_to", "512"]
+
+
 @pytest.mark.parametrize("there, flags, amp", (
     ({}, (), False), ({"cuda": True}, (), True), ({"npu": True}, (), True), ({"cuda": True}, ("--device=cpu",), False),
     ({"cuda": True}, ("--device", "cpu"), False), ({}, ("--device", "gpu"), True),
@@ -30,7 +33,8 @@ def command(tmp_path):
 def test_run_1p_mixes_precision_where_the_device_is_no_cpu(command, there, flags, amp):
     """train.py's --amp is O1, with loss scale 128 on NPU and a dynamic one on CUDA; the user's flags come last."""
     data = ("--data-path", "data dir", *flags)
-    assert command("run_1p.sh", *data, **there) == ["train.py", *(["--amp"] if amp else []), *" ".join(data).split()]
+    assert command("run_1p.sh", *data, **there) == [
+        "train.py", *(["--amp"] if amp else []), *(PORT if there.get("npu") else []), *" ".join(data).split()]
 
 
 @pytest.mark.parametrize("there, flags, device, amp", (
@@ -39,9 +43,26 @@ def test_run_1p_mixes_precision_where_the_device_is_no_cpu(command, there, flags
     ({}, ("--device=cpu", "--opt_level", "O0"), "cuda", True)))
 def test_run_8p_mixes_precision_in_the_same_way(command, there, flags, device, amp):
     """The defaults come before the user's flags, of which the last one counts."""
-    data = ("--data_path=data", *flags)
+    data, on_npu = ("--data_path=data", *flags), device == "npu" and "cpu" not in flags
     assert command("run_8p.sh", *data, **there) == [
-        "train.py", *(["--amp"] if amp else []), "--device", device, "--device_list", "0,1,2,3,4,5,6,7", *data]
+        "train.py", *(["--amp"] if amp else []), *(PORT if on_npu else []), "--device", device, "--device_list",
+        "0,1,2,3,4,5,6,7", *data]
+
+
+@pytest.mark.parametrize("script", ("run_1p.sh", "run_8p.sh"))
+@pytest.mark.parametrize("there, flags, port", (
+    ({"npu": True}, (), True), ({}, (), False), ({"cuda": True}, (), False), ({}, ("--device=npu",), True),
+    ({"npu": True}, ("--device", "cpu"), False), ({"npu": True}, ("--val-scale", "640", "640"), False),
+    ({"npu": True}, ("--scale", "1024", "256"), False), ({"npu": True}, ("--pad_to", "0"), False),
+    ({"npu": True}, ("--crop_size=256", "--batch_size", "8"), True)))
+def test_on_an_npu_the_evaluation_is_the_ports_unless_the_user_says_another(command, script, there, flags, port):
+    """Any of the three flags replaces both defaults: half of them would be an evaluation that nobody asked for."""
+    words = command(script, "--data_path=data", *flags, **there)
+    given = " ".join(flags).split()
+    own = [word for word in words if word not in given]
+    assert words[-len(given):] == given or not given
+    assert ("--val_scale 512 512 --pad_to 512" in " ".join(own)) == port
+    assert port or not set(PORT) & set(own)
 
 
 @pytest.mark.parametrize("flags, folder", (

@@ -122,8 +122,10 @@ def test_what_differs_from_a_run_of_version_2_0_0_is_said(stopped, drawn_voc):
     make_old(stopped)
     output = train(drawn_voc, stopped, *AUTO, "--max_iters", 10, "--lr", 0.02, "--scale", 192, 64).stdout
     line = next(line for line in output.splitlines() if "latest.pth, iteration 9; " in line)
-    assert all(words in line for words in ("--max_iters 12 -> 10", "--lr 0.01 -> 0.02", "(256, 64) -> (192, 64)"))
-    assert line.count("->") == 3
+    assert all(words in line for words in (
+        "--max_iters 12 -> 10", "--lr 0.01 -> 0.02", "--scale (256, 64) -> (192, 64)",
+        "--val_scale (256, 64) -> (192, 64)"))
+    assert line.count("->") == 4
     assert "--seed 0, not 1" in error_line(TRAIN, *train_flags(drawn_voc, stopped), *AUTO, "--seed", 1)
 
 
