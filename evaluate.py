@@ -1,7 +1,7 @@
 """Scores a trained network on a list of images: `python evaluate.py CHECKPOINT --data_path data/VOCdevkit/VOC2012`.
 
 Prints IoU and accuracy of each class, then aAcc, mIoU, mAcc in per cent, and the images per second. Writes the summary
-FCN_bs<batch>_<cards>p_val.log into the folder of a checkpoint of train.py.
+FCN_bs<batch>_<cards>p_val.log into the folder of the run that a checkpoint is of.
 """
 import json
 import math
@@ -94,10 +94,12 @@ def main(args):
         if ranks.rank == 0:
             report(args, scores, names, len(sizes), seconds, checkpoint)
             if checkpoint.training is not None:  # of train.py
-                values = {"Split": args.split, "Images": len(sizes),
+                fps, batch_size = len(sizes) / seconds, protocol.batch_on(ranks.device)
+                values = {"Split": args.split, "Images": len(sizes), "ActualFPS": fps,
                           **{name: None if math.isnan(scores[name]) else scores[name] / 100 for name in MEANS},
-                          "ValTime": seconds, "E2EValTime": time.perf_counter() - started}
-                write_val_summary(args, checkpoint, protocol.batch_on(ranks.device), ranks.count, values)
+                          "ValTime": 1000 * batch_size * ranks.count / fps,  # ms a batch, one of each card
+                          "E2EValTime": time.perf_counter() - started}
+                write_val_summary(args, checkpoint, batch_size, ranks.count, values)
         ranks.leave()
     return 0
 
@@ -128,11 +130,13 @@ def report(args, scores, names, images, seconds, checkpoint):
 
 
 def write_val_summary(args, checkpoint, batch_size, cards, values):
-    """The Ascend port's summary of an evaluation, in the checkpoint's folder if that can be written to."""
+    """The Ascend port's summary of an evaluation, in the folder of the checkpoint's run if that can be written to."""
+    folder = Path(args.checkpoint).absolute().parent
+    folder = folder.parent if folder.name == "ckpt" else folder
     try:
-        write_summary(Path(args.checkpoint).parent, checkpoint.backbone, batch_size, cards, "val", values)
+        write_summary(folder, checkpoint.backbone, batch_size, cards, "val", values)
     except OSError as error:  # another's folder; the scores are printed
-        print(f"{PROG}: no summary in the checkpoint's folder: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"{PROG}: no summary in the run's folder: {error.filename}: {error.strerror}", file=sys.stderr)
 
 
 def picture_writer(args, data, names, colours):

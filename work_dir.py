@@ -274,7 +274,7 @@ class WorkDir(contextlib.ExitStack):
         result = json.dumps({**values, "last": scored[-1], "best": best}, indent=2, ensure_ascii=False)
         write_whole(self.path / "result.json", result + "\n")
         images = args.batch_size * args.accumulate * ranks.count
-        write_summary(self.path, args.backbone, args.batch_size, ranks.count, "perf" if args.performance else "acc", {
+        write_summary(self.path, args.backbone, args.batch_size, ranks.count, "acc", {
             "ActualFPS": values["fps"],
             "TrainingTime": values["fps"] and 1000 * images / values["fps"],  # ms an iteration
             "mIoU": best["mIoU"] and best["mIoU"] / 100, "ActualLoss": values["loss"],

@@ -189,10 +189,12 @@ def test_several_processes_give_the_scores_of_one_and_the_summary(checkpoint, dr
         evaluate(checkpoint, drawn_voc, "--json", tmp_path / "scores.json", *flags)
         scores = json.loads((tmp_path / "scores.json").read_text())
         found.append({name: value for name, value in scores.items() if "second" not in name})
-        lines = (checkpoint.parent / f"FCN_bs1_{cards}p_val.log").read_text().splitlines()
+        lines = (checkpoint.parents[1] / f"FCN_bs1_{cards}p_val.log").read_text().splitlines()
         summary = dict(line.split(" = ") for line in lines)
         assert summary["RankSize"] == str(cards) and summary["CaseName"] == f"FCN_bs1_{cards}p_val"
-        assert float(summary["mIoU"]) == pytest.approx(scores["mIoU"] / 100) and float(summary["ValTime"]) > 0
+        assert float(summary["mIoU"]) == pytest.approx(scores["mIoU"] / 100)
+        assert float(summary["ActualFPS"]) == pytest.approx(scores["images_per_second"])
+        assert float(summary["ValTime"]) == pytest.approx(1000 * cards * scores["seconds"] / scores["images"])
     assert found[0] == found[1] and found[0]["images"] == 5
 
 

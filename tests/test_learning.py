@@ -76,5 +76,5 @@ def test_run_1p_passes_flags_and_status_on(drawn_voc, tmp_path):
                            "64", "--batch_size=2", "--max_iters=1", "--performance"], cwd=tmp_path,
                           capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert "None" not in (tmp_path / "output/0/FCN_prof/FCN_bs2_1p_perf.log").read_text()
+    assert "None" not in (tmp_path / "output/0/FCN_prof/FCN_bs2_1p_acc.log").read_text()
     assert subprocess.run([*command, "--batch_size=0"], cwd=tmp_path, capture_output=True, env=env).returncode == 2

@@ -192,7 +192,7 @@ def test_lists_that_a_folder_gets_later_do_not_leak(own_unlisted, tmp_path, no_p
     output = train(own_unlisted, tmp_path / "run", "--max_iters", 2, "--resume", "auto").stdout
     assert "of 'val'; the checkpoint's lists\n" in output
     assert "note: 1 labelled images are in neither of the checkpoint's lists, and not used\n" in output
-    assert "Split = val\nImages = " in (tmp_path / "run/ckpt/FCN_bs1_1p_val.log").read_text()
+    assert "Split = val\nImages = " in (tmp_path / "run/FCN_bs1_1p_val.log").read_text()
 
 
 def test_images_without_labels_and_labels_without_images_are_named(own_unlisted, tmp_path, no_pictures):

@@ -146,10 +146,12 @@ def test_1_to_4_ranks_score_every_image_once(drawn_voc, tmp_path):
 def test_evaluate_scores_by_all_ranks(two_ranks, drawn_voc):
     flags = ("--data_path", drawn_voc, "--device", "cpu")  # the scale is the checkpoint's
     run(ROOT / "evaluate.py", two_ranks / "ckpt/latest.pth", *flags, "--device_list", "0,1")
-    lines = (two_ranks / "ckpt/FCN_bs1_2p_val.log").read_text().splitlines()
+    lines = (two_ranks / "FCN_bs1_2p_val.log").read_text().splitlines()
     summary = dict(line.split(" = ") for line in lines)
     assert float(summary["mIoU"]) == pytest.approx(metrics(two_ranks)[-1]["mIoU"] / 100, abs=1e-12)
-    assert float(summary["E2EValTime"]) >= float(summary["ValTime"]) > 0 and summary["CaseName"] == "FCN_bs1_2p_val"
+    assert float(summary["E2EValTime"]) >= 5 / float(summary["ActualFPS"]) > 0  # 5 images
+    assert float(summary["ValTime"]) == pytest.approx(1000 * 2 / float(summary["ActualFPS"]))  # ms for one of each card
+    assert summary["CaseName"] == "FCN_bs1_2p_val" and not list((two_ranks / "ckpt").glob("*.log"))
 
 
 def test_two_ranks_train_as_one_of_twice_the_batch(drawn_voc, tmp_path):

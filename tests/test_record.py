@@ -22,7 +22,7 @@ def test_a_second_performance_run_measures_anew(drawn_voc, tmp_path):
         assert "best.pth" not in output and "evaluate.py" not in output and output == read(work_dir / "train_0.log")
     assert [line["iter"] for line in metrics(work_dir) if "loss" in line] == [1, 2]
     assert read(work_dir / "run.json").count('"time"') == 1
-    assert not list(work_dir.rglob("*.pth")) and (work_dir / "FCN_bs2_1p_perf.log").exists()
+    assert not list(work_dir.rglob("*.pth")) and (work_dir / "FCN_bs2_1p_acc.log").exists()
     output = train(drawn_voc, work_dir, "--max_iters", 1, "--resume", "auto").stdout
     assert "from random weights\n" in output and (work_dir / "ckpt/best.pth").exists()
     assert [line["iter"] for line in metrics(work_dir)] == [1, 1] and read(work_dir / "run.json").count('"time"') == 1

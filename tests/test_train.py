@@ -166,7 +166,7 @@ def test_default_folders_are_those_of_the_port(drawn_voc, tmp_path, no_pictures)
     run(ROOT / "train.py", *flags, "--max-iters", 1, cwd=tmp_path)
     assert (tmp_path / "output/0/FCN/result.json").exists()
     run(ROOT / "train.py", *flags, "--max_iters", 1, "--performance", cwd=tmp_path)
-    assert (tmp_path / "output/0/FCN_prof/FCN_bs2_1p_perf.log").exists()
+    assert (tmp_path / "output/0/FCN_prof/FCN_bs2_1p_acc.log").exists()
 
 
 def test_mixed_precision_on_a_cpu_is_bfloat16(drawn_voc, tmp_path, no_pictures):
