@@ -121,6 +121,21 @@ def class_weights(text):
     return weights
 
 
+def flag_or_env(flag, given, variable):
+    """The value of a flag; if it is None, the whole number that an environment variable names, None if that is not set.
+
+    The flag wins: if both are given and differ, a line says so.
+    """
+    value = os.environ.get(variable, "")
+    if given is None and value:
+        if not value.isdecimal():
+            raise UserError(f"{variable}={value}: takes a whole number of at least 0; change it, or add {flag}")
+        return int(value)
+    if value not in ("", str(given)):
+        print(f"{PROG}: {variable}={value} is set, {flag} {given} wins over it", file=sys.stderr)
+    return given
+
+
 # ---- processes
 
 def usable_cores():

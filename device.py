@@ -23,7 +23,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from cli import PARENT, PROG, STOP_SIGNALS, Parser, UserError, first_line, first_to, number, usable_cores
+from cli import PARENT, PROG, STOP_SIGNALS, Parser, UserError, first_line, first_to, flag_or_env, number, usable_cores
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 KINDS = tuple(BACKENDS)  # in the order of --device auto
@@ -54,7 +54,7 @@ def add_one_device_flags(group):
     group.add_argument("--device", default="auto", choices=("auto", "npu", "cuda", "gpu", "cpu"),
                        help="auto takes an NPU, else CUDA, else the CPU (default: %(default)s)")
     group.add_argument("--device_id", type=number(0), metavar="N",
-                       help="which of the devices, counted from 0 (default: 0)")
+                       help="which of the devices, counted from 0 (default: 0; on an NPU ASCEND_DEVICE_ID's)")
     return group
 
 
@@ -130,17 +130,15 @@ def choose_device(name="auto", device_id=None, local_rank=0):
 
     device_id: which of several; None: the one of the local rank. There is one CPU, which ranks share.
     """
-    name = "cuda" if name == "gpu" else name
-    if name == "auto":
-        name = next(kind for kind in KINDS if problem(kind) is None)
-    elif problem(name):
-        raise UserError(f"--device {name}: {problem(name)}; --device auto takes what exists")
+    name = kind_of(name)
+    if name == "npu" and not under_torchrun():
+        device_id = flag_or_env("--device_id", device_id, "ASCEND_DEVICE_ID")
     if device_id is None:
         device_id = 0 if name == "cpu" else local_rank
     count = getattr(torch, name).device_count()
     if device_id >= count:
         raise UserError(f"there is no {name} device {device_id}; there are {count}, counted from 0; change --device_id "
-                        "or the number of processes")
+                        "(on an NPU ASCEND_DEVICE_ID) or the number of processes")
     if name == "cpu":
         return torch.device("cpu")
     device = torch.device(name, device_id)
@@ -150,6 +148,16 @@ def choose_device(name="auto", device_id=None, local_rank=0):
         raise UserError(f"--device npu: {device} has no INF/NAN mode, without which overflows go unseen; it is not "
                         "supported, use --device cpu")
     return device
+
+
+def kind_of(name):
+    """The kind that a --device flag takes: npu, cuda or cpu. Raises UserError if there is none of them."""
+    name = "cuda" if name == "gpu" else name
+    if name == "auto":
+        return next(kind for kind in KINDS if problem(kind) is None)
+    if problem(name):
+        raise UserError(f"--device {name}: {problem(name)}; --device auto takes what exists")
+    return name
 
 
 @functools.cache  # a second import of a broken torch_npu raises another error
@@ -246,7 +254,12 @@ def visible_devices(device, devices):
 
 def launch(args, script):
     """Runs `script` under torchrun with this command's flags, a rank for each of --device_list. -> exit status"""
-    devices = visible_devices(args.device, args.device_list)
+    kind, devices = kind_of(args.device), visible_devices(args.device, args.device_list)
+    if kind == "npu":
+        flag_or_env("--device_list", ",".join(devices), "ASCEND_DEVICE_ID")
+    count = len(devices) if kind == "cpu" else getattr(torch, kind).device_count()
+    if count < len(devices):
+        raise UserError(f"--device_list {','.join(devices)}: {count} of these {kind} devices exist; name others")
     os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ["TORCH_CPP_LOG_LEVEL"].replace("FATAL", "ERROR")  # of the ranks
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_TIME))  # PyTorch 2.6 always waits 30 s
     # torchrun would set 1. These are the cores that each rank has.
@@ -264,6 +277,9 @@ def launch(args, script):
         own.append("--standalone")
     # A machine tries to reach machine 0 twice, each time for the whole of torchrun's timeout.
     timeout = max(1, args.timeout // 2) if args.node_rank else args.timeout
+    address, port = args.master_addr or DEFAULT_ADDRESS, args.master_port or DEFAULT_PORT
+    if (args.nnodes or 1) > 1:
+        print(f"waiting for {args.nnodes} machines at {address}:{port}, at most {args.timeout} s", flush=True)
     with tempfile.TemporaryDirectory(prefix="fcn8s-") as logs:
         try:
             torchrun.main([*own, f"--rdzv_conf=timeout={timeout}", f"--log_dir={logs}",
@@ -273,7 +289,6 @@ def launch(args, script):
         except ChildFailedError as error:
             return status_of(error.failures)
         except RuntimeError as error:
-            address, port = args.master_addr or DEFAULT_ADDRESS, args.master_port or DEFAULT_PORT
             if "EADDRINUSE" in str(error):
                 raise UserError(f"port {port} is in use on this machine; name another by --master_port") from None
             if isinstance(error, dist.DistError):  # a machine that does not answer or does not come

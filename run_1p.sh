@@ -15,7 +15,8 @@ show() { printf '\n$ %s\n' "$*"; "$@"; }
 sample=output/drawn_voc
 voc=$sample/VOCdevkit/VOC2012
 best=$(value_of work_dir $sample/FCN "$@")/ckpt/best.pth
-device=(--device "$(value_of device auto "$@")" --device_id "$(value_of device_id 0 "$@")")
+id=$(value_of device_id '' "$@")
+device=(--device "$(value_of device auto "$@")" ${id:+--device_id "$id"})
 echo "No --data_path: trains on a small data set that is drawn here; a few minutes on two CPU cores."
 show "$python" "$here/tools/draw_voc.py" $sample
 show "$python" "$here/convert_voc_aug.py" $sample/VOCdevkit $sample/VOCdevkit/VOCaug

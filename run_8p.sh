@@ -10,6 +10,8 @@ here=$(dirname "$0")
 source "$here/env_npu.sh"
 find_python "$here/requirements.txt" numpy scipy PIL tqdm matplotlib
 
+[[ -z $(value_of device_id '' "$@") ]] ||
+    die "takes --device_list=0,1,.., a process for each, not --device_id; one card: bash run_1p.sh --device_id=N"
 set -- --device "$(if has_npu; then echo npu; else echo cuda; fi)" --device_list 0,1,2,3,4,5,6,7 "$@"
 if [[ " $* " != *" --val "* ]]; then exec "$python" "$here/train.py" $(amp "$@") $(evaluation "$@") "$@"; fi
 

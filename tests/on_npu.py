@@ -5,6 +5,8 @@ The stand-in of apex fails on what apex's documentation calls wrong use; then, t
 """
 import importlib
 import json
+import os
+import subprocess
 import sys
 
 import apex.amp
@@ -13,7 +15,7 @@ import software_npu
 import torch
 import torch_npu  # makes the software NPU
 from apex import optimizers
-from conftest import ROOT, error_line, metrics, run, state, train_flags
+from conftest import ROOT, environment, error_line, metrics, run, state, train_flags
 from spoiled_steps import spoiled
 
 import device
@@ -166,6 +168,72 @@ def test_bfloat16_on_an_npu(drawn_voc, tmp_path):
 def test_an_npu_that_hides_overflows_is_refused(drawn_voc, tmp_path):
     assert "npu:0 has no INF/NAN mode" in error_line(
         TRAIN, *flags_of(drawn_voc, tmp_path / "run"), env={"SOFTWARE_NPU_IS_910A": "1"})
+
+
+@pytest.mark.parametrize("variable, flags, number, line", (
+    ("1", (), 1, ""), ("", (), 0, ""), ("1", ("--device_id", 1), 1, ""),
+    ("1", ("--device_id", 0), 0, "train.py: ASCEND_DEVICE_ID=1 is set, --device_id 0 wins over it\n")))
+def test_ascend_device_id_is_the_device_where_no_flag_names_one(drawn_voc, tmp_path, variable, flags, number, line):
+    """The files are in its folder, as the port's."""
+    flags = [flag for flag in flags_of(drawn_voc, "unused", "--max_iters", 1, *flags) if flag not in (
+        "--work_dir", "unused")]
+    done = run(TRAIN, *flags, cwd=tmp_path, env={"ASCEND_DEVICE_ID": variable, "SOFTWARE_NPUS": "2"})
+    assert f"device: 1 x npu:{number} (" in done.stdout and done.stderr == line
+    assert (tmp_path / f"output/{number}/FCN/train_{number}.log").is_file()
+
+
+def test_ascend_device_id_is_heeded_on_an_npu_alone_and_not_under_torchrun(cpu_run, drawn_voc, tmp_path):
+    photograph = drawn_voc / "JPEGImages/drawn_val_0000.jpg"
+    predict = (ROOT / "predict.py", cpu_run / "ckpt/latest.pth", photograph, "--save_dir", tmp_path / "labelled")
+    there = {"ASCEND_DEVICE_ID": "1", "SOFTWARE_NPUS": "2"}
+    assert "on npu:1 (" in run(*predict, "--device", "npu", env=there).stdout
+    done = run(*predict, "--device", "cpu", "--device_id", 0, env=there)
+    assert "on cpu (" in done.stdout and not done.stderr
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    done = run(TRAIN, *flags_of(drawn_voc, tmp_path / "run", "--max_iters", 1), env={**there, **rank})
+    assert "device: 1 x npu:0 (" in done.stdout and not done.stderr
+    for value, words in (("x", "ASCEND_DEVICE_ID=x: takes a whole number"), ("7", "no npu device 7; there are 2")):
+        line = error_line(*predict, "--device", "npu", env={**there, "ASCEND_DEVICE_ID": value})
+        assert words in line and "--device_id" in line
+
+
+def test_a_missing_device_is_said_before_any_waiting(drawn_voc, tmp_path):
+    flags = flags_of(drawn_voc, tmp_path / "run", "--device_list", "0,1,2", "--nnodes", 2, "--node_rank", 0,
+                     "--master_addr", "127.0.0.1")
+    env = {"SOFTWARE_NPUS": "2", "PYTHONPATH": os.environ["PYTHONPATH"]}
+    done = run(TRAIN, *flags, status=1, env=env)
+    assert not done.stdout and done.stderr.count("\n") == 1
+    assert "--device_list 0,1,2: 2 of these npu devices exist" in done.stderr
+
+
+def test_run_8p_runs_on_two_npus_as_it_is(drawn_voc, tmp_path):
+    """Only data, backbone, sizes, lengths, the list of cards and the start differ from its defaults."""
+    (tmp_path / "npu-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "npu-smi").chmod(0o755)
+    env = environment({"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "SOFTWARE_NPUS": "2",
+                       "PYTHONPATH": os.environ["PYTHONPATH"], "ASCEND_DEVICE_ID": "1"})
+
+    def script(*flags):
+        command = ["bash", ROOT / "run_8p.sh", f"--data_path={drawn_voc}", "--device_list=0,1", *flags]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        name = "evaluate.py" if "--val" in flags else "train.py"
+        assert done.stderr == f"{name}: ASCEND_DEVICE_ID=1 is set, --device_list 0,1 wins over it\n"
+        return done.stdout
+    output = script("--backbone=tiny", "--pretrained=none", "--crop_size=32", "--batch_size=2", "--max_iters=2",
+                    "--log_interval=1")
+    assert "device: 2 x npu:0 (software NPU), apex O1 with loss scale 128.0\n" in output
+    assert "evaluation: images fitted into 512x512, padded to 512x512\n" in output
+    assert "augmentation: fitted into 2048x512, " in output
+    folder = tmp_path / "output/0,1/FCN"
+    best = summary_of(folder / "FCN_bs2_2p_acc.log")
+    assert best["RankSize"] == "2" and float(best["mIoU"]) == metrics(folder)[-1]["mIoU"] / 100
+    assert "fitted into 512x512, padded to 512x512, on 2 x npu:0" in script("--val")
+    assert float(summary_of(folder / "FCN_bs8_2p_val.log")["mIoU"]) == float(best["mIoU"])
+
+
+def summary_of(path):
+    return dict(line.split(" = ") for line in path.read_text().splitlines())
 
 
 def test_a_dynamic_loss_scale_on_an_npu_needs_apex(without_apex, drawn_voc, tmp_path):

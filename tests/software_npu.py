@@ -6,11 +6,13 @@ casts by lists, and nothing leaves the device unasked. What real NPUs lack is re
 package around it.
 """
 import contextlib
+import itertools
 import os
 import resource
 import types
 
 import torch
+import torch.distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -44,15 +46,23 @@ class NpuModule(types.ModuleType):
     def manual_seed_all(self, seed):
         torch.default_generator.manual_seed(seed)
 
+    current = 0
+
     def device_count(self):
-        return 1
+        """$SOFTWARE_NPUS (1) or, as CANN counts, those of ASCEND_RT_VISIBLE_DEVICES before the first that is not there.
+        """
+        there = [str(number) for number in range(int(os.environ.get("SOFTWARE_NPUS", "1")))]
+        visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", ",".join(there)).split(",")
+        return len(list(itertools.takewhile(lambda number: number in there, visible)))
 
     def current_device(self):
-        return 0
+        return self.current
 
     def set_device(self, device):
-        if torch.device(device) != torch.device("npu:0"):
+        index = torch.device(device).index
+        if index >= self.device_count():
             raise RuntimeError(f"there is no {device}")
+        self.current = index
 
     def device(self, device):
         return contextlib.nullcontext()
@@ -75,8 +85,45 @@ class NpuModule(types.ModuleType):
     utils = types.SimpleNamespace(is_support_inf_nan=lambda: not os.environ.get("SOFTWARE_NPU_IS_910A"))
 
 
+class Hccl(dist.ProcessGroup):
+    """Collective operations on the tensors behind, by gloo."""
+
+    def __init__(self, store, rank, size, timeout):
+        super().__init__(rank, size)
+        self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+
+    def allreduce(self, tensors, options=None):
+        return Done(self.gloo.allreduce(tree_map(to_raw, tensors), options or dist.AllreduceOptions()), tensors)
+
+    def broadcast(self, tensors, options):
+        return Done(self.gloo.broadcast(tree_map(to_raw, tensors), options), tensors)
+
+    def allgather(self, outputs, tensors, options=None):
+        return Done(self.gloo.allgather(*tree_map(to_raw, (outputs, tensors)), options or dist.AllgatherOptions()),
+                    outputs)
+
+
+class Done(dist._Work):
+    """A collective operation that has ended."""
+
+    def __init__(self, work, result):
+        super().__init__()
+        work.wait()
+        self.future = torch.futures.Future()
+        self.future.set_result(result)
+
+    def wait(self, timeout=None):
+        return True
+
+    def get_future(self):
+        return self.future
+
+
 class NpuTensor(torch.Tensor):
-    """Says that it is on npu:0; `raw` is the CPU tensor with its values."""
+    """Says that it is on npu:0; `raw` is the CPU tensor with its values.
+
+    PyTorch counts one device of a kind that is made in Python. A rank whose device is npu:1 has its tensors there, too.
+    """
     @staticmethod
     def __new__(cls, raw):
         with torch.inference_mode(False):  # a view made in that mode keeps the version of its base
@@ -171,6 +218,7 @@ def cast_inputs(operation, dtype_of):
 def register():
     """Makes "npu" a device of this process. -> the registrations, which last as long as somebody holds them"""
     _setup_privateuseone_for_python_backend("npu", backend_module=NpuModule("torch.npu"))
+    dist.Backend.register_backend("hccl", Hccl, devices=["npu"])
     aten, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
     aten.impl("empty.memory_format", lambda size, dtype=None, layout=None, device=None, pin_memory=None,
               memory_format=None: NpuTensor(torch.empty(size, dtype=dtype)), "PrivateUse1")

@@ -182,8 +182,10 @@ def test_a_port_in_use_and_a_master_that_does_not_answer(drawn_voc, tmp_path):
             TRAIN, *flags, "--master_port", port)
     machines = (*flags, "--nnodes", 2, "--addr", "127.0.0.1", "--master_port", port, "--timeout", 2)
     for rank in (0, 1):  # machine 0 waits for the other, machine 1 for machine 0
-        assert f"could not meet the other machines at 127.0.0.1:{port} within 2 s" in error_line(
-            TRAIN, *machines, "--node_rank", rank)
+        done = run(TRAIN, *machines, "--node_rank", rank, status=1)
+        assert done.stdout == f"waiting for 2 machines at 127.0.0.1:{port}, at most 2 s\n"
+        assert f"could not meet the other machines at 127.0.0.1:{port} within 2 s" in done.stderr
+        assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

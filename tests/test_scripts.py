@@ -1,6 +1,7 @@
 """run_1p.sh and run_8p.sh: the commands that they start, shown by a stand-in for Python that prints its arguments."""
 import os
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -75,11 +76,22 @@ def test_run_8p_val_scores_the_latest_checkpoint(command, flags, folder):
         "--data_path", "data", "--split=val"]
 
 
+@pytest.mark.parametrize("flags", (("--device_id=1",), ("--device-id", "1"), ("--val", "--device_id", "1")))
+def test_run_8p_says_that_it_takes_a_list_of_devices(flags, tmp_path):
+    done = subprocess.run(["bash", ROOT / "run_8p.sh", "--data_path=data", *flags], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1
+    assert "takes --device_list=0,1,.." in done.stderr and "run_1p.sh --device_id=N" in done.stderr
+
+
 def test_run_1p_without_data_shows_every_command(command):
     words = command("run_1p.sh", "--device", "cpu", "--work-dir=w")
     scripts = [word for i, word in enumerate(words) if words[i - 1] == "python" and word.endswith(".py")]
     assert scripts == ["tools/draw_voc.py", "convert_voc_aug.py", "train.py", "evaluate.py", "predict.py"]
     assert words.count("w/ckpt/best.pth") == 4  # shown and run, each twice
+    assert "--device_id" not in words  # or it would win over ASCEND_DEVICE_ID
+    assert command("run_1p.sh", "--device_id=3").count("--device_id=3") == 2
+    assert command("run_1p.sh", "--device_id=3").count("--device_id") == 4  # of evaluate.py and predict.py
 
 
 @pytest.mark.parametrize("script", ("run_1p.sh", "run_8p.sh", "tests/run.sh"))
