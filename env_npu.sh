@@ -16,9 +16,9 @@ set_up_cann() {
     # Two threads with balanced loads send the operators to the device. Ascend recommends 2, the default is 1 (Ascend
     # Extension for PyTorch, environment variables). It may take more memory; 1 avoids that.
     export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2}
-    # Seconds that cards wait for each other when they first communicate. CANN's default of 120 is also its minimum; it
-    # is short where cards read from a slow disk or compile operators. HCCL's other variables have good defaults, today
-    # also HCCL_WHITELIST_DISABLE, which older instructions set to 1 (CANN, environment variables).
+    # Seconds that cards wait for each other when they first communicate, to which CANN adds 20. Its default of 120 is also
+    # its minimum; it is short where cards read from a slow disk or compile operators. It belongs below HCCL_EXEC_TIMEOUT.
+    # HCCL's other variables have good defaults, also HCCL_WHITELIST_DISABLE: 1 (CANN 9.1, environment variables).
     export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-600}
 }
 if has_npu; then set_up_cann; fi

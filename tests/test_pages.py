@@ -130,7 +130,7 @@ def test_both_languages_have_the_same_code_and_pictures(english, chinese):
 def test_every_flag_that_a_page_names_is_there():
     known = "".join(run(ROOT / f"{name}.py", "--help").stdout for name in PARSED)
     known += (ROOT / "tools/benchmark.py").read_text() + (ROOT / "tools/stress.py").read_text()
-    others = {"--peers", "--val", "--labels", "--nproc_per_node", "--help", "--noheader"}
+    others = {"--peers", "--val", "--labels", "--nproc_per_node", "--help", "--noheader", "--python", "--shm"}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", page.read_text()))
         missing = {flag for flag in named - others if flag not in known}

@@ -1,12 +1,15 @@
-"""The Ascend port's evaluation: against one by hand, as a protocol of its own beside the training's scale."""
+"""The Ascend port's way: its padded evaluation against one by hand, --val_scale, its scripts, files and keys here."""
 import json
+import re
+import subprocess
+import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, error_line, metrics, run, state, train, train_flags
+from conftest import ROOT, environment, error_line, free_port, metrics, run, state, train, train_flags
 from PIL import Image
 
 import transforms
@@ -136,3 +139,89 @@ def test_a_resumed_run_says_a_new_protocol_and_compares_no_scores_of_two(drawn_v
     assert "--val_scale (256, 64) -> (64, 64)" in output and "--pad_to None -> 64" in output
     best = state(tmp_path / "run/ckpt/best.pth")["progress"]
     assert best["best_iteration"] == 4 and best["best"] == metrics(tmp_path / "run")[-1]["mIoU"]
+
+
+# ---- the port's scripts, files and keys
+
+PAGE, TWIN = ((ROOT / f"docs/{name}").read_text() for name in ("ascend.md", "ascend.zh-CN.md"))
+SCRIPTS = [f"train_{kind}_{cards}" for kind in ("full", "performance") for cards in ("1p", "8p")] + [
+    "train_val_8p", "train_performance_multinodes"]
+SMALL = ("--backbone=tiny", "--pretrained=none", "--scale", 64, 32, "--crop_size=32", "--max_iters=6",
+         "--log_interval=1")
+
+
+def mapped(page):
+    """{the port's script: (its flags, our command)} of a page's table."""
+    rows = re.findall(r"^\| `(\w+)\.sh ([^`]*)` \| `(bash [^`]*)` \|$", page, re.M)
+    return {script: (flags.split(), command.split()) for script, flags, command in rows}
+
+
+def in_table(page, start):
+    """The inline codes of the table row that begins with one."""
+    return re.findall(r"`([^`]+)`", re.search(rf"^\| `{re.escape(start)}.*$", page, re.M)[0])
+
+
+@pytest.fixture(scope="module")
+def port(drawn_voc, tmp_path_factory):
+    """The folder in which the right-hand commands have run, in the table's order but --val last."""
+    folder = tmp_path_factory.mktemp("port")
+    values = {"DIR": drawn_voc, "N": 0, "M": 2, "IP": "127.0.0.1", "P": free_port(), "B": 2}
+
+    def start(command, *flags):
+        words = [re.sub(r"=([A-Z]+)$", lambda found: f"={values[found[1]]}", word) for word in command]
+        words[1] = ROOT / words[1]
+        return subprocess.Popen([*map(str, (*words, "--device=cpu", *flags))], cwd=folder, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                env=environment({"PYTHON": sys.executable}))
+    for script, (_, command) in sorted(mapped(PAGE).items(), key=lambda row: "val" in row[0]):
+        flags = () if "val" in script else SMALL if "multinodes" in script else (*SMALL, "--batch_size=2")
+        if "multinodes" in script:
+            processes = []
+            for values["R"] in (0, 1):
+                processes.append(start(command, *flags, "--device_list=0"))
+        else:
+            processes = [start(command, *flags, *(("--device_list=0,1",) if "8p" in script else ()))]
+        for process in processes:
+            output = process.communicate()[0]
+            assert process.returncode == 0, f"{script}: {output}"
+    return folder / "output"
+
+
+def test_each_script_of_the_port_has_a_command_with_all_its_flags(port):
+    """Which ran: see `port`. The files are where the port's are."""
+    rows = mapped(PAGE)
+    assert sorted(rows) == sorted(SCRIPTS) and rows == mapped(TWIN)
+    assert all(set(flags) <= set(command) for flags, command in rows.values())
+    summaries = sorted(str(path.relative_to(port)) for path in port.rglob("*.log"))
+    assert summaries == [
+        "0,1/FCN/FCN_bs1_2p_val.log", "0,1/FCN/FCN_bs2_2p_acc.log", "0,1/FCN/train_0,1.log",
+        "0,1/FCN_prof/FCN_bs2_2p_acc.log", "0,1/FCN_prof/train_0,1.log",
+        "0/FCN/FCN_bs2_1p_acc.log", "0/FCN/train_0.log",
+        "0/FCN_prof/FCN_bs2_1p_acc.log", "0/FCN_prof/FCN_bs2_2p_acc.log", "0/FCN_prof/train_0.log"]
+    assert {path.parent.parent.name for path in port.rglob("*.pth")} == {"FCN"}
+
+
+def test_the_summaries_have_the_keys_and_units_of_the_page(port):
+    def summary(path):
+        return dict(line.split(" = ") for line in (port / path).read_text().splitlines())
+    trained, scored = summary("0,1/FCN/FCN_bs2_2p_acc.log"), summary("0,1/FCN/FCN_bs1_2p_val.log")
+    both = {"Network", "RankSize", "BatchSize", "DeviceType", "CaseName"}
+    for page in (PAGE, TWIN):
+        for start, found, own in (("FCN_bs16_8p_acc.log", trained, {"Backbone"}),
+                                  ("FCN_bs8_8p_val.log", scored, {"Backbone", "Split", "Images"})):
+            assert {*in_table(page, start)[1:], *both, *own} == found.keys()
+    lines = metrics(port / "0,1/FCN")
+    fps = max(line["fps"] for line in lines if line.get("fps"))
+    assert float(trained["ActualFPS"]) == fps and float(trained["TrainingTime"]) == pytest.approx(4000 / fps)
+    assert float(trained["mIoU"]) == float(scored["mIoU"]) == lines[-1]["mIoU"] / 100
+    assert float(scored["ValTime"]) == pytest.approx(2000 / float(scored["ActualFPS"]))
+
+
+def test_the_pages_greps_find_what_the_ports_scripts_look_for(port):
+    log, lines = port / "0,1/FCN/train_0,1.log", metrics(port / "0,1/FCN")
+    for page in (PAGE, TWIN):
+        for start, expected in (("fps:", [line["fps"] for line in lines if line.get("fps")]),
+                                ("mIoU:", [line["mIoU"] for line in lines if "mIoU" in line])):
+            grep = next(code for code in in_table(page, start) if code.startswith("grep "))
+            found = subprocess.run(["bash", "-c", grep.replace("LOG", f"'{log}'")], capture_output=True, text=True)
+            assert found.stdout.split() == [f"{value:.2f}" for value in expected] != []

@@ -66,6 +66,16 @@ def test_on_an_npu_the_evaluation_is_the_ports_unless_the_user_says_another(comm
     assert port or not set(PORT) & set(own)
 
 
+@pytest.mark.parametrize("page", ("README.md", "README.zh-CN.md"))
+def test_the_commands_of_the_results_evaluate_as_their_rows_say(command, page):
+    rows = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("| ") and "`bash run_" in line]
+    assert len(rows) == 3
+    for row in rows:
+        script, *flags = row.split("`bash ")[1].split("`")[0].split()
+        words = command(script, *flags, npu=True)
+        assert (" ".join(PORT) in " ".join(words)) == ("512x512" in row) and words[0] == "train.py"
+
+
 @pytest.mark.parametrize("flags, folder", (
     ((), "output/0,1,2,3,4,5,6,7/FCN"), (("--work_dir=runs/a",), "runs/a"), (("--work-dir", "runs/a"), "runs/a"),
     (("--device_list=0,1",), "output/0,1/FCN")))
