@@ -256,10 +256,10 @@ def launch(args, script):
     """Runs `script` under torchrun with this command's flags, a rank for each of --device_list. -> exit status"""
     kind, devices = kind_of(args.device), visible_devices(args.device, args.device_list)
     if kind == "npu":
-        flag_or_env("--device_list", ",".join(devices), "ASCEND_DEVICE_ID")
+        flag_or_env("--device_list", ",".join(args.device_list), "ASCEND_DEVICE_ID")
     count = len(devices) if kind == "cpu" else getattr(torch, kind).device_count()
     if count < len(devices):
-        raise UserError(f"--device_list {','.join(devices)}: {count} of these {kind} devices exist; name others")
+        raise UserError(f"{count} of the {kind} devices {','.join(devices)} exist; change --device_list")
     os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ["TORCH_CPP_LOG_LEVEL"].replace("FATAL", "ERROR")  # of the ranks
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_TIME))  # PyTorch 2.6 always waits 30 s
     # torchrun would set 1. These are the cores that each rank has.

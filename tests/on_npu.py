@@ -203,7 +203,7 @@ def test_a_missing_device_is_said_before_any_waiting(drawn_voc, tmp_path):
     env = {"SOFTWARE_NPUS": "2", "PYTHONPATH": os.environ["PYTHONPATH"]}
     done = run(TRAIN, *flags, status=1, env=env)
     assert not done.stdout and done.stderr.count("\n") == 1
-    assert "--device_list 0,1,2: 2 of these npu devices exist" in done.stderr
+    assert "2 of the npu devices 0,1,2 exist; change --device_list" in done.stderr
 
 
 def test_run_8p_runs_on_two_npus_as_it_is(drawn_voc, tmp_path):
