@@ -4,12 +4,15 @@ Every command imports this module first, before PyTorch. The body below prepares
 """
 import argparse
 import atexit
+import codecs
 import contextlib
 import ctypes
 import importlib.util
+import io
 import math
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import traceback
@@ -20,6 +23,7 @@ PROG = Path(sys.argv[0]).name
 REQUIREMENTS = ("numpy", "PIL", "scipy", "tqdm", "matplotlib", "torch")  # modules of requirements.txt
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that this process gets when its parent ends
+PATIENCE = 1  # seconds that a process which is to stop waits for the reader of its output
 LARGEST = 2 ** 31  # limit of integer flags without another one
 MAX_SIDE, MAX_BATCH = 2 ** 14, 2 ** 14  # pixels, images: beyond any memory
 PARENT = os.getppid()
@@ -41,6 +45,8 @@ if PROG in COMMANDS:  # not where somebody imports a module of ours, say in a no
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may swallow KeyboardInterrupt; `run` handles it
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun: if the launcher is killed, it saves and ends
         end_with_parent(signal.SIGTERM, PARENT)
+        if any(Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[2].glob("*/refused")):
+            os._exit(1)  # an attempt before this one ended by an error that will not go away
     missing = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"{PROG}: error: this Python lacks {missing[0]}; pip install -r requirements.txt, or use "
@@ -48,7 +54,11 @@ if PROG in COMMANDS:  # not where somebody imports a module of ours, say in a no
 
 
 class UserError(ValueError):
-    """An error the user can fix: one line that names the file, the value and a hint. Every other exception is a bug."""
+    """An error the user can fix: one line that names the file, the value and a hint. Every other exception is a bug.
+
+    What may pass by itself, a full disk or a lost process, is an OSError. late: raised after the first iteration
+    """
+    late = False
 
 
 def first_line(error):
@@ -178,7 +188,42 @@ def kill_children():
         child.kill()
 
 
-# ---- the end of a command
+# ---- output, and the end of a command
+
+class Output(io.FileIO):
+    """stdout (1) or stderr (2). It waits for a reader that is behind, but not after a stop signal.
+
+    An OSError of stderr is dropped: messages and progress that nobody can read end no command.
+    """
+    stopping = False  # this process got a stop signal
+
+    def write(self, data):
+        """Writes as much as fits into a pipe that has room. -> the number of bytes"""
+        try:
+            while not select.select([], [self], [], PATIENCE)[1]:
+                if Output.stopping:
+                    raise OSError(None, "nobody reads it")
+            return super().write(data[:select.PIPE_BUF])
+        except OSError:
+            if self.fileno() == 1:
+                raise
+            return len(data)
+
+
+def escaped(error):
+    """A handler of codec errors: a name that is not in the encoding keeps its bytes, another text gets escapes."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+def interrupted(number, frame):
+    """The handler of Ctrl-C. A second one ends the process at once."""
+    Output.stopping = True
+    signal.signal(number, signal.SIG_DFL)
+    sys.exit(128 + number)
+
 
 def run(main, parse_args):
     """Calls `main(parse_args())` and exits with its status. An error that the user can fix is one line.
@@ -186,12 +231,16 @@ def run(main, parse_args):
     Of several ranks on a machine, only the first to fail prints its error. No worker process is left.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda number, frame: sys.exit(128 + number))
+        signal.signal(signal.SIGINT, interrupted)
+    codecs.register_error("escaped", escaped)
     for descriptor, name in enumerate(("stdout", "stderr"), 1):
-        if getattr(sys, name) is None:  # closed by the caller; a file opened later must not become it
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller; a file opened later must not become it
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            setattr(sys, name, open(descriptor, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # class names in any script, also under LC_ALL=C
+            stream = open(os.devnull, "w")
+        setattr(sys, name, io.TextIOWrapper(
+            io.BufferedWriter(Output(descriptor, "w", closefd=False)), stream.encoding, "escaped",
+            line_buffering=stream.line_buffering or stream.write_through))  # the second: python -u
     try:
         status = main(parse_args())
         kill_children()
@@ -205,6 +254,8 @@ def run(main, parse_args):
             status, message = 1, message_of(error)
         if message and first_to("failed"):
             print(message, file=sys.stderr)
+            if isinstance(error, UserError) and not error.late:
+                first_to("refused")
     # No finalization of Python: it would end a thread of gloo or of a loader that takes the GIL meanwhile, inside a C++
     # destructor, which aborts the process (PyTorch's issues 38228 and 190489).
     atexit._run_exitfuncs()

@@ -70,7 +70,7 @@ def main(args):
     for folder in (lists, out_dir):
         check_writable(folder)
     out_dir.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out_dir)
+    remove_leftovers([out_dir])
 
     problems = convert_all(mats, out_dir, args.nproc)
     print(f"{out_dir}: labels of {len(mats) - len(problems):,} images")

@@ -23,7 +23,19 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from cli import PARENT, PROG, STOP_SIGNALS, Parser, UserError, first_line, first_to, flag_or_env, number, usable_cores
+from cli import (
+    PARENT,
+    PROG,
+    STOP_SIGNALS,
+    Output,
+    Parser,
+    UserError,
+    first_line,
+    first_to,
+    flag_or_env,
+    number,
+    usable_cores,
+)
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 KINDS = tuple(BACKENDS)  # in the order of --device auto
@@ -214,9 +226,8 @@ def place(model, device):
 
 @contextlib.contextmanager
 def readable_errors(memory_hint):
-    """Turns an out-of-memory error, and that of a collective operation whose peers are gone, into a UserError.
-
-    On a CPU, and in some versions of torch_npu, both are bare RuntimeErrors. Only their texts tell them.
+    """Turns an out-of-memory error into a UserError, and that of a collective operation whose peers are gone into a
+    ConnectionError. On a CPU, and in some versions of torch_npu, both are bare RuntimeErrors, told by their texts.
     """
     try:
         yield
@@ -228,8 +239,8 @@ def readable_errors(memory_hint):
             raise UserError(f"memory ran out ({first_line(error)}); {memory_hint}") from None
         lost = isinstance(error, dist.DistError) or any(words in text.lower() for words in peers)
         if lost and dist.is_initialized() and "DataLoader" not in text:
-            raise UserError(f"rank {dist.get_rank()}: lost the other processes ({first_line(error).split('. ')[0]})"
-                            ) from None
+            raise ConnectionError(None, f"rank {dist.get_rank()}: lost the other processes "
+                                        f"({first_line(error).split('. ')[0]})") from None
         raise
 
 
@@ -372,8 +383,8 @@ def join_ranks(args):
         dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=count, timeout=limit)
     except RuntimeError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"rank {rank} could not meet the other processes at {where} within {args.timeout} s "
-                        f"({first_line(error)})") from None
+        raise ConnectionError(None, f"rank {rank} could not meet the other processes at {where} within {args.timeout} "
+                                    f"s ({first_line(error)})") from None
     signal.signal(signal.SIGINT, interrupt)
     pids = [0] * count
     dist.all_gather_object(pids, os.getpid())
@@ -388,7 +399,7 @@ class Stop:
     """
 
     def __init__(self, ranks):
-        self.ranks, self.number, self.deferred, self.before = ranks, 0, False, {}
+        self.ranks, self.number, self.deferred, self.trains, self.before = ranks, 0, False, False, {}
 
     def __enter__(self):
         for stop in STOP_SIGNALS:
@@ -396,13 +407,16 @@ class Stop:
                 self.before[stop] = signal.signal(stop, self.record)
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, UserError):
+            error.late = self.trains
         signal.alarm(0)
         for stop, handler in self.before.items():
             signal.signal(stop, handler)
 
     def record(self, number, frame):
         """The signal handler. A second Ctrl-C ends the process at once; Slurm sends SIGTERM twice."""
+        Output.stopping = True
         if not self.deferred or number == signal.SIGINT == self.number:
             for stop in self.before:
                 signal.signal(stop, signal.SIG_IGN)  # one is enough
@@ -421,6 +435,7 @@ class Stop:
 
     def agreed(self, iteration):
         """The signal on which the run stops after this iteration, else 0; the same in every rank."""
+        self.trains = True
         if self.ranks.count == 1:
             return self.number
         if self.ranks.device.type != "cpu" and iteration % STOP_INTERVAL:

@@ -3,7 +3,6 @@
 Prints IoU and accuracy of each class, then aAcc, mIoU, mAcc in per cent, and the images per second. Writes the summary
 FCN_bs<batch>_<cards>p_val.log into the folder of the run that a checkpoint is of.
 """
-import json
 import math
 import sys
 import time
@@ -14,7 +13,7 @@ from cli import MAX_BATCH, PROG, Parser, UserError, file_path, number, run  # is
 import device
 import visualize
 from data import open_split, val_batches
-from files import check_new_file, check_no_overlap, check_writable, write_whole
+from files import as_json, check_no_overlap, check_writable, output_file, remove_leftovers
 from inference import Protocol, add_protocol_flags, check_protocol, evaluate
 from metrics import MEANS, for_json, format_table, scores_of, summary
 from voc import LISTS, read_classes
@@ -72,10 +71,11 @@ def main(args):
         lists = checkpoint.meta.get("lists")
         data = open_split(args.data_path, args.split, lists)
         write = picture_writer(args, data, names, checkpoint.colours()) if args.save_dir else None
+        write_json = None
         if args.json:
             read = [args.checkpoint, *data.files(), *Path(args.data_path, LISTS).glob("*.txt")]
             check_no_overlap([*read, args.classes] if args.classes else read, [args.json], f"--json {args.json}")
-            check_new_file(args.json)
+            write_json = output_file(args.json)
         sizes = ranks.once_a_machine(lambda: data.check(len(names), args.max_images))
         protocol.check(sizes)
         model = device.place(model, ranks.device)
@@ -92,7 +92,7 @@ def main(args):
         scores = scores_of(evaluate(model, batches, protocol, ranks, write, len(sizes) // ranks.count))
         seconds = time.perf_counter() - since
         if ranks.rank == 0:
-            report(args, scores, names, len(sizes), seconds, checkpoint)
+            report(args, scores, names, len(sizes), seconds, checkpoint, write_json)
             if checkpoint.training is not None:  # of train.py
                 fps, batch_size = len(sizes) / seconds, protocol.batch_on(ranks.device)
                 values = {"Split": args.split, "Images": len(sizes), "ActualFPS": fps,
@@ -114,19 +114,19 @@ def class_names(args, checkpoint):
     return names
 
 
-def report(args, scores, names, images, seconds, checkpoint):
-    """Prints the scores, and writes --json, where NaN is null."""
+def report(args, scores, names, images, seconds, checkpoint, write_json):
+    """Prints the scores, and writes --json, where NaN is null, by `write_json`, if that is not None."""
     print(format_table(scores, names))
     print(f"{summary(scores)}  ({images / seconds:.2f} images/s)")
     if args.save_dir:
         print(f"pictures in {args.save_dir}")
-    if args.json:
+    if write_json:
         scores = for_json(scores, names)
         classes = {name: {"IoU": scores["IoU"][name], "Acc": scores["Acc"][name]} for name in names}
         result = {"checkpoint": args.checkpoint, "iteration": checkpoint.iteration(), "split": args.split,
                   "images": images, **{name: scores[name] for name in MEANS},
                   "images_per_second": images / seconds, "seconds": seconds, "classes": classes}
-        write_whole(args.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        write_json(as_json(result))
 
 
 def write_val_summary(args, checkpoint, batch_size, cards, values):
@@ -149,8 +149,10 @@ def picture_writer(args, data, names, colours):
 
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in data.ids):
         raise UserError(f"--save_dir {folder}: the list has ids that lead out of the data folder; take another list")
-    check_no_overlap(data.files(), [file for name in data.ids for file in files(name)], f"--save_dir {folder}")
+    every_file = [file for name in data.ids for file in files(name)]
+    check_no_overlap(data.files(), every_file, f"--save_dir {folder}")
     check_writable(folder)
+    remove_leftovers({file.parent for file in every_file})
 
     def write(index, prediction):
         image, label = data[index]

@@ -1,12 +1,13 @@
 """Writes a trained network as an ONNX file: `python export.py CHECKPOINT model.onnx`, checked with ONNX Runtime."""
 import importlib.util
+import io
 import warnings
 
 from cli import MAX_SIDE, Parser, UserError, file_path, number, run  # isort: skip, see cli
 import numpy as np
 import torch
 
-from files import check_new_file, check_no_overlap, whole_file
+from files import check_no_overlap, output_file
 from transforms import normalise
 from weights import Checkpoint, add_network_flags
 
@@ -30,16 +31,16 @@ def main(args):
     if missing:
         raise UserError(f"the export needs packages that are missing; pip install {' '.join(missing)}")
     check_no_overlap([args.checkpoint], [args.file], "FILE")
-    check_new_file(args.file)
+    write = output_file(args.file)
     checkpoint = Checkpoint.read(args.checkpoint, args.backbone, args.at_once)
     network = WithPreparation(checkpoint.network()).eval()
     traced, others = ((1, *args.size), ()) if args.size else (TRACED, OTHERS)
-    with whole_file(args.file) as temporary:
-        write_onnx(network, checkpoint.names() or (), traced, temporary, dynamic=bool(others))
-        difference = max(onnx_difference(network, temporary, shape) for shape in (traced, *others))
-        if not difference <= TOLERANCE:
-            raise UserError(f"{args.file}: not written, as ONNX Runtime's logits differ from PyTorch's by "
-                            f"{difference:.1e} of the largest; at most {TOLERANCE} is right")
+    content = as_onnx(network, checkpoint.names() or (), traced, dynamic=bool(others))
+    difference = max(onnx_difference(network, content, shape) for shape in (traced, *others))
+    if not difference <= TOLERANCE:
+        raise UserError(f"{args.file}: not written, as ONNX Runtime's logits differ from PyTorch's by "
+                        f"{difference:.1e} of the largest; at most {TOLERANCE} is right")
+    write(content)
     shape = "x".join(map(str, args.size)) if args.size else "of any size and number"
     print(f"{checkpoint.backbone} from {checkpoint.source}: {checkpoint.kind}\n{args.file}: images, float32 RGB "
           f"0..255, {shape} -> logits of {checkpoint.num_classes} classes, float32\nONNX Runtime agrees with PyTorch "
@@ -58,31 +59,34 @@ class WithPreparation(torch.nn.Module):
         return self.model(normalise(images, self.model.form))["out"]
 
 
-def write_onnx(network, names, shape, path, dynamic):
-    """Traces the network on images of a shape (batch, height, width); `dynamic`: the file takes any shape.
+def as_onnx(network, names, shape, dynamic):
+    """The network as an ONNX file: bytes. Traced on images of a shape (batch, height, width); `dynamic`: takes any.
 
     The file's metadata have the names of the classes under `classes`, one a line.
     """
     import onnx  # here, as nothing else needs it
-    axes = {0: "batch", 2: "height", 3: "width"} if dynamic else {}
+    axes, buffer = {0: "batch", 2: "height", 3: "width"} if dynamic else {}, io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter is the older of PyTorch's two
         # The newer one (dynamo=True) needs onnxscript, whose releases for PyTorch 2.6 fix the size.
-        torch.onnx.export(network, (random_images(shape),), path, input_names=["images"], output_names=["logits"],
+        torch.onnx.export(network, (random_images(shape),), buffer, input_names=["images"], output_names=["logits"],
                           opset_version=OPSET, dynamo=False, dynamic_axes={"images": axes, "logits": axes})
-    file = onnx.load(path)
-    onnx.helper.set_model_props(file, {"classes": "\n".join(names)})
-    onnx.save(file, path)
+    file = onnx.load_from_string(buffer.getvalue())
+    # The exporter may name this axis, too, after an operator.
+    file.graph.output[0].type.tensor_type.shape.dim[1].dim_value = network.model.num_classes
+    onnx.helper.set_model_props(file, {"classes": "\n".join(names).encode(errors="backslashreplace").decode()})
+    return file.SerializeToString()
 
 
-def onnx_difference(network, path, shape):
+def onnx_difference(network, content, shape):
     """The largest difference between ONNX Runtime's and PyTorch's logits, relative to the largest logit."""
     import onnxruntime
     images = random_images(shape)
     with torch.inference_mode():
         expected = network(images).numpy()
-    got, = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})
-    return float(np.abs(got - expected).max() / max(1, np.abs(expected).max()))
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    got, = session.run(None, {"images": images.numpy()})
+    return float(np.abs(got - expected).max() / (np.abs(expected).max() or 1))
 
 
 def random_images(shape):

@@ -1,9 +1,14 @@
 """Files that are written whole or not at all, and checks that a path can be written to."""
 import contextlib
+import errno
 import fcntl
+import functools
+import json
 import os
 import secrets
 import shutil
+import stat
+import sys
 import tempfile
 from pathlib import Path
 
@@ -32,11 +37,19 @@ def whole_file(path):
 
 
 def write_whole(path, content):
-    """Writes text (UTF-8) or bytes to `path`. After a power failure the file is the old one or the new one."""
+    """Writes text or bytes to `path`. After a power failure the file is the old one or the new one.
+
+    Text becomes UTF-8, but for names of files that are not: these keep their bytes.
+    """
     with whole_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def as_json(value):
+    """A value as JSON in UTF-8: bytes. A byte XX of a name that is not UTF-8 becomes the escape \\udcXX."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def link_or_copy(source, target):
@@ -49,9 +62,9 @@ def link_or_copy(source, target):
             shutil.copyfile(source, temporary)
 
 
-def remove_leftovers(folder):
-    """Deletes the temporary files in a folder whose writers were killed."""
-    for leftover in folder.glob(TEMPORARY.format(16 * "[0-9a-f]")):
+def remove_leftovers(folders):
+    """Deletes the temporary files in folders whose writers were killed."""
+    for leftover in [path for folder in folders for path in folder.glob(TEMPORARY.format(16 * "[0-9a-f]"))]:
         with contextlib.suppress(OSError), open(leftover, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the writer lives
             leftover.unlink()
@@ -68,11 +81,38 @@ def check_writable(folder):
                       str(folder)) from None
 
 
-def check_new_file(path):
-    """Raises OSError unless the file `path` can be written. Its folder must exist."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise OSError(None, "cannot be written; name a file in a folder that exists", str(path))
-    check_writable(path.parent)
+def output_file(path):
+    """Checks that the file `path`, which the user named, can be written. -> the function that writes bytes to it
+
+    A link is followed. Devices, pipes and the command's own output are written to as they are. Raises OSError, also for
+    a pipe that nobody reads: to open it would wait for a reader.
+    """
+    there = path.stat() if path.exists() else None
+    own = [number for number in (1, 2) if there and os.path.samestat(there, os.fstat(number))]
+    if own:
+        descriptor = os.dup(own[0])  # which stands at the end of what was printed
+    elif there and not (stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode)):
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            hint = "nobody reads this pipe; start its reader first" if error.errno == errno.ENXIO else error.strerror
+            raise OSError(error.errno, hint, str(path)) from None
+        os.set_blocking(descriptor, True)
+    else:
+        target = Path(os.path.realpath(path))
+        if target.is_dir() or not target.parent.is_dir():
+            raise OSError(None, "cannot be written; name a file in a folder that exists", str(path))
+        check_writable(target.parent)
+        return functools.partial(write_whole, target)
+
+    def write(content):
+        sys.stdout.flush()
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+    return write
 
 
 def check_no_overlap(read, written, flag):

@@ -1,6 +1,9 @@
 """Labels photographs with a trained network: `python predict.py CHECKPOINT my_photos --save_dir labelled --overlay`."""
 import csv
+import io
+import os
 import sys
+from pathlib import Path
 
 from cli import PROG, Parser, UserError, file_path, run  # isort: skip, see cli
 import numpy as np
@@ -8,9 +11,9 @@ from tqdm import tqdm
 
 import visualize
 from device import add_one_device_flags, describe, readable_errors
-from files import check_new_file, check_no_overlap, check_writable, whole_file
+from files import check_no_overlap, check_writable, output_file, remove_leftovers
 from inference import Predictor, Protocol, add_protocol_flags, check_protocol
-from voc import heic_hint, read_image, readable_suffixes
+from voc import heic_hint, opened, read_image, readable_suffixes
 from weights import add_network_flags
 
 
@@ -46,9 +49,10 @@ def main(args):
     every_target = [target for files in written.values() for target in files]
     check_no_overlap(found, every_target, f"--save_dir {args.save_dir}")
     check_writable(args.save_dir)
+    remove_leftovers({target.parent for target in every_target})
     if args.csv:
         check_no_overlap([*found, *every_target, args.checkpoint], [args.csv], f"--csv {args.csv}")
-        check_new_file(args.csv)
+        write_csv = output_file(args.csv)
     predictor = Predictor(args.checkpoint, args.device, args.device_id, args.backbone, args.at_once, Protocol.of(args))
     print(f"{predictor.checkpoint.backbone} from {predictor.checkpoint.source}: {predictor.checkpoint.kind}\n"
           f"{len(paths)} photographs, {predictor.protocol}, on {describe(predictor.device, args.device)}, "
@@ -57,17 +61,19 @@ def main(args):
     for line in [*skipped, *([f"note: {font}"] if font else [])]:
         print(line)
     shares = {}
-    for name, path in tqdm(paths.items(), "labelling", unit="photograph", leave=False, disable=None):
-        try:
-            with readable_errors(f"{path} needs a smaller --scale, or windows by --slide"):
-                shares[path] = label(predictor, path, *written[name])
-        except (UserError, OSError) as error:
-            problems.append(str(error))
-    if args.csv:
-        write_csv(args.csv, predictor.names, shares)
+    try:
+        for name, path in tqdm(paths.items(), "labelling", unit="photograph", leave=False, disable=None):
+            try:
+                with readable_errors(f"{path} needs a smaller --scale, or windows by --slide"):
+                    shares[path] = label(predictor, path, *written[name])
+            except (UserError, OSError) as error:
+                problems.append(str(error))
+    finally:  # also after Ctrl-C
+        for problem in problems:
+            print(f"{PROG}: error: {problem}", file=sys.stderr)
+        if args.csv:
+            write_csv(as_csv(predictor.names, shares))
     print(f"{len(shares)} photograph{'s' * (len(shares) != 1)} labelled; pictures in {args.save_dir}")
-    for problem in problems:
-        print(f"{PROG}: error: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 
@@ -76,7 +82,7 @@ def find_photographs(inputs, save_dir):
 
     -> ({path: name without extension, relative to the folder that was named}, lines about the files that are skipped)
     """
-    found, skipped, out = {}, [], save_dir.resolve()
+    found, skipped, out = {}, [], Path(os.path.realpath(save_dir))
     for given in inputs:
         if not given.exists():
             raise UserError(f"{given}: there is no such photograph or folder")
@@ -84,7 +90,7 @@ def find_photographs(inputs, save_dir):
             found.setdefault(given, given.stem)
             continue
         for path in sorted(given.rglob("*")):
-            inside = given.resolve() in out.parents and out in path.resolve().parents
+            inside = Path(os.path.realpath(given)) in out.parents and out in Path(os.path.realpath(path)).parents
             hidden = any(part.startswith(".") for part in path.relative_to(given).parts)
             if path.is_dir() or inside or hidden:
                 continue
@@ -104,6 +110,9 @@ def targets(save_dir, name, overlay):
 
 def label(predictor, path, class_file, overlay_file=None):
     """Writes the pictures of one photograph. -> the share of each class, float [C]"""
+    with opened(path, "image") as file:
+        if getattr(file, "is_animated", False) and file.format != "MPO":  # whose others are the camera's previews
+            tqdm.write(f"note: {path}: holds several frames; the first is labelled")
     image = read_image(path).permute(1, 2, 0).numpy()
     classes = predictor(image)
     visualize.save(visualize.class_picture(classes, predictor.colours), class_file)
@@ -112,12 +121,13 @@ def label(predictor, path, class_file, overlay_file=None):
     return np.bincount(classes.ravel(), minlength=len(predictor.names)) / classes.size
 
 
-def write_csv(path, names, shares):
-    """A line for each photograph with the share of each class."""
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["photograph", *names])
-        writer.writerows([str(photograph), *(f"{share:.6f}" for share in row)] for photograph, row in shares.items())
+def as_csv(names, shares):
+    """A line for each photograph with the share of each class, as CSV in UTF-8: bytes. Other names keep their bytes."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["photograph", *names])
+    writer.writerows([str(photograph), *(f"{share:.6f}" for share in row)] for photograph, row in shares.items())
+    return text.getvalue().encode(errors="surrogateescape")
 
 
 if __name__ == "__main__":

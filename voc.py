@@ -5,6 +5,7 @@ Shapes: an image is uint8 [3, H, W], RGB, 0..255; a label uint8 [H, W], a class 
 import contextlib
 import functools
 import hashlib
+import os
 import shlex
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +69,7 @@ def read_lines(path):
 
 def digest(ids):
     """The SHA-256 of a list, as `sha256sum` gives it for a file of one id a line."""
-    return hashlib.sha256("".join(f"{image_id}\n" for image_id in ids).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{image_id}\n" for image_id in ids).encode(errors="surrogateescape")).hexdigest()
 
 
 def read_classes(path):
@@ -159,7 +160,7 @@ class VOC(Dataset):
         self.labels = self.folders("labels", LABEL_FOLDERS)
         if ids is None and not self.has_lists(root):
             raise UserError(f"{root}: has no lists in {LISTS}; write {split}.txt there, an image id a line")
-        self.ids = self.read_list(split) if ids is None else list(ids)
+        self.ids = self.read_list(split) if ids is None else as_file_names(ids)
         self.voc_train = set(self.read_list("train")) if split in SBD_LISTS else ()
 
     def folders(self, kind, names):
@@ -208,7 +209,7 @@ class VOC(Dataset):
         ids = read_lines(path)
         if not ids:
             raise UserError(f"{path}: the list is empty; it takes one image id a line")
-        return ids
+        return as_file_names(ids)
 
     def find(self, folder, image_id):
         """The file of an id in a folder, whatever its extension, or None."""
@@ -285,6 +286,11 @@ def readable_files(folder):
         if path.suffix.lower() in readable_suffixes() and not path.name.startswith("."):
             files.setdefault(path.stem, []).append(path)
     return files
+
+
+def as_file_names(ids):
+    """Ids of a list as Python decodes the names of files: by the locale, which need not be UTF-8."""
+    return [os.fsdecode(image_id.encode(errors="surrogateescape")) for image_id in ids]
 
 
 def ids_in(folder):

@@ -4,9 +4,10 @@
 and ImageNet weights (torchvision's for vgg16 and resnet50, OpenMMLab's for *_d8). Files are read as plain tensors and
 values; nothing in them is run.
 """
-import contextlib
 import dataclasses
 import pickle
+import re
+import shlex
 import warnings
 import zipfile
 from pathlib import Path
@@ -22,9 +23,20 @@ HEADS = ("decode_head.", "auxiliary_head.")
 TORCHFCNS = {"conv1_1.weight", "fc7.weight"}  # keys that tell torchfcn's files
 TRAINING_STATE = {"optimizer", "precision", "progress"}  # what train.py saves with the weights, to resume
 REFERENCE_SCALE = (2048, 512)  # mmsegmentation's evaluation: (long, short) side, in pixels
-PLAIN_COMMAND = ("""python -c "import torch; c = torch.load('{0}', map_location='cpu', weights_only=False); """
-                 """k = c.keys() & {{'state_dict', 'model_state_dict', 'arch'}} or c.keys(); """
-                 """torch.save({{n: c[n] for n in k}}, '{0}.plain.pth')\"""")
+PLAIN_COMMAND = ('python -c "import json, sys, torch; c = torch.load(sys.argv[1], \'cpu\', weights_only=False); '
+                 "k = c.keys() & {'state_dict', 'model_state_dict', 'arch'} or c.keys(); p = {n: c[n] for n in k}; "
+                 "p['meta'] = json.loads(json.dumps(c.get('meta'), default=lambda v: getattr(v, 'tolist', v.__str__)()"
+                 ')); torch.save(p, sys.argv[1] + \'.plain.pth\')" ')
+OLDER_FORMAT = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # begins PyTorch's files that are no ZIP files
+# What train.py writes, for `fits`: into each checkpoint (parts may be missing), and into those to resume from.
+COUNT, FLOAT = range(2 ** 63), int | float
+META = {"backbone": str, "num_classes": int, "classes": [str], "palette": [(range(256),) * 3], "scale": (int, int),
+        "form": str, "lists": {"train": [str], "val": [str]}}
+RUN = {"meta": {"args": dict, "ranks": int, "digests": {"train": str, "val": str}}, "precision": dict,
+       "optimizer": {"state": dict},
+       "progress": {"iteration": COUNT, "evaluated": COUNT, "samples": COUNT, "best": FLOAT, "best_iteration": COUNT,
+                    "sums": (FLOAT,) * 5, "skipped": COUNT, "seconds": FLOAT}}
+BN_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 KEYS_SHOWN = 3
 
 
@@ -76,7 +88,25 @@ class Checkpoint:
         state, form, kind = recognise(source, content, state, meta, name, at_once)
         num_classes = next((state[key].shape[0] for key in CLASS_LAYERS if key in state), None)
         training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
-        return cls(source, state, name, form, kind, num_classes, meta, training)
+        checkpoint = cls(source, state, name, form, kind, num_classes, meta, training)
+        if "backbone" in meta and not checkpoint.is_whole():
+            raise UserError(f"{source}: the file is damaged, it holds what train.py does not write; use another")
+        return checkpoint
+
+    def is_whole(self):
+        """False if somebody edited a file of train.py into one that train.py does not write."""
+        meta, training = self.meta, self.training
+        there = {key: form for key, form in META.items() if meta.get(key) is not None}
+        if not fits(meta, there) or meta["backbone"] not in BACKBONES or any(
+                self.num_classes not in (None, len(meta[key])) for key in ("classes", "palette") if key in there):
+            return False
+        if training is None:
+            return True
+        shapes = dict(enumerate(value.shape for key, value in self.state.items() if not key.endswith(BN_STATISTICS)))
+        return fits({**training, "meta": meta}, RUN) and all(
+            fits(momentum, {"momentum_buffer": torch.Tensor | None})
+            and getattr(momentum["momentum_buffer"], "shape", shapes.get(number)) == shapes.get(number)
+            for number, momentum in training["optimizer"]["state"].items())
 
     def network(self):
         """The trained FCN8s. Raises UserError, naming the keys, if the weights are not all there."""
@@ -140,6 +170,17 @@ class Checkpoint:
     def iteration(self):
         """The iteration it was saved at, or None for files of others."""
         return self.training and self.training["progress"]["iteration"]
+
+
+def fits(value, form):
+    """True if a value has a form: a type or range, [the form of each part], (each part's form, ...) or {key: form}."""
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], form[key]) for key in form)
+    if isinstance(form, list | tuple):
+        if not isinstance(value, list | tuple) or isinstance(form, tuple) and len(form) != len(value):
+            return False
+        return all(map(fits, value, form if isinstance(form, tuple) else form * len(value)))
+    return isinstance(value, int) and value in form if isinstance(form, range) else isinstance(value, form)
 
 
 def upgraded(meta):
@@ -219,8 +260,8 @@ def read_file(path):
                 changed = archive.testzip()  # compares the checksums, which torch.load does not look at
             if changed:
                 raise ValueError(f"the checksum of its part {changed} is wrong")
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: {why_refused(path)}") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: {why_refused(path, str(error))}") from None
     except PermissionError:
         raise
     except Exception as error:  # whatever the damage leads to
@@ -230,12 +271,12 @@ def read_file(path):
     return content
 
 
-def why_refused(path):
-    """Why torch.load read no plain tensors from a file, as text."""
-    with contextlib.suppress(Exception):  # no file of torch.save
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)[0]
-        return (f"refused, it holds objects other than tensors and plain values ({unsafe}), which could run code; if "
-                f"you trust it, make a plain one: {PLAIN_COMMAND.format(path)}")
+def why_refused(path, error):
+    """Why torch.load read no plain tensors from a file, as text. error: its message"""
+    unsafe = re.search(r"GLOBAL (\S+)", error)
+    if unsafe and (zipfile.is_zipfile(path) or OLDER_FORMAT in path.read_bytes()[:16]):
+        return (f"refused, it holds objects other than tensors and plain values ({unsafe[1]}), which could run code; "
+                f"if you trust it, make a plain one: {PLAIN_COMMAND}{shlex.quote(str(path))}")
     return "the file is damaged, or a plain pickle, which could run code and is not read; take another one"
 
 
@@ -299,18 +340,18 @@ def resume(args, optimizer, precision, data, start, progress):
     training = checkpoint.training
     try:
         precision.load_state_dict(training["precision"])
-        # The momentum is the checkpoint's, param_groups are this run's: another device takes another form of SGD.
-        own = optimizer.state_dict()
-        optimizer.load_state_dict({**training["optimizer"], "param_groups": own["param_groups"]})
-        for parameter, state in optimizer.state.items():
-            if state.get("momentum_buffer") is not None:
-                # Fused SGD reads parameter and momentum in storage order, which differs between devices.
-                state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
-        for name, value in training["progress"].items():
-            setattr(progress, name, value)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # a state of another kind
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # a state of another kind
         raise UserError(f"{path}: its training state does not fit ({first_line(error)}); start from its weights with "
                         f"--pretrained {path}") from None
+    # The momentum is the checkpoint's, param_groups are this run's: another device takes another form of SGD.
+    own = optimizer.state_dict()
+    optimizer.load_state_dict({**training["optimizer"], "param_groups": own["param_groups"]})
+    for parameter, state in optimizer.state.items():
+        if state.get("momentum_buffer") is not None:
+            # Fused SGD reads parameter and momentum in storage order, which differs between devices.
+            state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
+    for name, value in training["progress"].items():
+        setattr(progress, name, value)
     was = checkpoint.meta["digests"]["val"], checkpoint.scale(), checkpoint.meta["args"].get("pad_to")
     if was != (data.digests()["val"], args.val_scale, args.pad_to):  # scores of another evaluation are not comparable
         progress.best, progress.best_iteration = -1.0, 0

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cli import UserError
 from device import describe
-from files import check_writable, link_or_copy, remove_leftovers, write_whole
+from files import as_json, check_writable, link_or_copy, remove_leftovers, write_whole
 from metrics import MEANS, for_json, format_table, number, summary
 from visualize import missing_font
 from voc import digest
@@ -132,10 +132,10 @@ class WorkDir(contextlib.ExitStack):
                             "--max_iters, or score it with evaluate.py")
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            if self.lock_file is None:  # the folder did not exist when the run began
-                self.find_start(None)  # raises if another run began here meanwhile
-            for folder in (self.path, self.checkpoints):
-                remove_leftovers(folder)
+        if self.lock_file is None:  # the folder did not exist when the run began
+            self.find_start(None)  # raises if another run began here meanwhile
+        with writing(self.path):
+            remove_leftovers((self.path, self.checkpoints))
             if start is None:
                 for path in (self.record_path, self.metrics_path, self.log_path, self.path / "result.json"):
                     path.unlink(missing_ok=True)
@@ -253,11 +253,11 @@ class WorkDir(contextlib.ExitStack):
                  "data": {"classes": list(data.classes), **lists}}
         try:
             entries = json.loads(self.record_path.read_bytes().decode())["starts"] if self.record_path.exists() else []
-            text = json.dumps({"starts": [*entries, entry]}, indent=2, ensure_ascii=False)
+            content = as_json({"starts": [*entries, entry]})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.record_path}: damaged ({error}); fix or delete it") from None
         with writing(self.record_path):
-            write_whole(self.record_path, text + "\n")
+            write_whole(self.record_path, content)
 
     def finish(self, args, progress, ranks):
         """Writes result.json and the summary, both from metrics.jsonl, and logs how to look at the run."""
@@ -271,8 +271,7 @@ class WorkDir(contextlib.ExitStack):
                   "fps": max(fps, default=None), "fps_median": statistics.median(fps) if fps else None,
                   **{name: scored[-1][name] for name in MEANS}, "best_mIoU": best["mIoU"],
                   "best_iteration": best["iter"]}
-        result = json.dumps({**values, "last": scored[-1], "best": best}, indent=2, ensure_ascii=False)
-        write_whole(self.path / "result.json", result + "\n")
+        write_whole(self.path / "result.json", as_json({**values, "last": scored[-1], "best": best}))
         images = args.batch_size * args.accumulate * ranks.count
         write_summary(self.path, args.backbone, args.batch_size, ranks.count, "acc", {
             "ActualFPS": values["fps"],
@@ -372,15 +371,15 @@ def on_cpu(state):
 
 
 def append(path, line):
-    with writing(path), open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(line + "\n")
 
 
 @contextlib.contextmanager
 def writing(path):
-    """Turns an OSError into a UserError that names the file, which that of a full disk does not, and a hint."""
+    """Makes an OSError name the file, which that of a full disk does not, and a hint."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be written ({error.strerror or error}); make room, or name "
-                        "another folder by --work_dir") from None
+        raise OSError(error.errno, f"cannot be written ({error.strerror or error}); make room, or name another folder "
+                                   "by --work_dir", str(error.filename or path)) from None

@@ -71,10 +71,15 @@ def environment(changes=None):
 
 
 def start_python(command, cwd=ROOT, env=None, merged=False, new_session=False):
-    """Starts `python COMMAND...`. merged: the errors go where the output goes. -> subprocess.Popen"""
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=environment(env), text=True,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT if merged else subprocess.PIPE, start_new_session=new_session)
+    """Starts `python COMMAND...`. merged: the errors go where the output goes. -> subprocess.Popen, with a `mark` in
+    the environment of all its processes, by which `left_of` finds them"""
+    mark = f"MARK_OF_TEST={secrets.token_hex(8)}"
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, text=True, errors="surrogateescape",
+                               env=environment({**(env or {}), **dict([mark.split("=")])}), stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT if merged else subprocess.PIPE,
+                               start_new_session=new_session)
+    process.mark = mark
+    return process
 
 
 def call(script, arguments, cwd, env):
@@ -159,17 +164,13 @@ def finish(process, status):
     return output
 
 
-def left_of(process, work_dir):
-    """What is left of a started command: the ids of the processes of its session, and of those that it launched."""
+def left_of(process):
+    """The ids of the processes that are left of a started command, in any session: torchrun gives each rank its own."""
     left = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, _, session = (folder / "stat").read_text().rpartition(") ")[2].split()[:4]
-            launched = str(work_dir) in (folder / "cmdline").read_text()
-        except OSError:  # it ended meanwhile
-            continue
-        if state != "Z" and (int(session) == process.pid or launched):
-            left.append(int(folder.name))
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+            if process.mark.encode() in path.read_bytes():  # empty once it has ended
+                left.append(int(path.parent.name))
     return left
 
 

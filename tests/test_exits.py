@@ -57,7 +57,7 @@ def test_an_error_is_shown_and_no_process_is_left(kind, workers, ranks, own_draw
     output = finish(process, 1)
     assert words in output and ("Traceback" in output) == (kind == "bug")
     assert "lost the other processes" not in output
-    assert not left_of(process, tmp_path / "run")
+    assert not left_of(process)
 
 
 @pytest.mark.parametrize("error", (EOFError(), ConnectionResetError(), RuntimeError(
@@ -81,7 +81,7 @@ def test_a_second_interrupt_ends_a_run_whose_loader_blocks(drawn_voc, tmp_path):
             os.sched_yield()
         process.send_signal(signal.SIGINT)
     finish(process, 128 + signal.SIGINT)
-    assert not left_of(process, tmp_path / "run")
+    assert not left_of(process)
     assert (tmp_path / "run/ckpt/latest.pth").is_file()
 
 
@@ -164,16 +164,29 @@ def test_shared_memory_that_runs_out_is_one_line(drawn_voc, tmp_path, monkeypatc
         ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"))
 
 
-def test_a_refused_run_is_refused_in_every_attempt(drawn_voc, tmp_path):
-    """By torchrun, which restarts it: the second attempt must not take over the run in the folder."""
+def test_an_error_of_the_user_is_not_repeated_by_restarts(drawn_voc, tmp_path):
+    """By torchrun, which restarts a refused run: the second attempt must not take over the run in the folder."""
     train(drawn_voc, tmp_path / "run", "--max_iters", 1)
     before = (tmp_path / "run/metrics.jsonl").read_text()
     done = run("-m", "torch.distributed.run", "--standalone", "--max_restarts", 1, ROOT / "train.py",
                *train_flags(drawn_voc, tmp_path / "run"), status=1)
-    assert done.stderr.count("holds a run already") == 2 and (tmp_path / "run/metrics.jsonl").read_text() == before
+    assert done.stderr.count("holds a run already") == 1 and (tmp_path / "run/metrics.jsonl").read_text() == before
     line = error_line(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), "--max_restarts", 1,
                       "--device_list", 0, status=2)
     assert "--max_restarts needs --resume auto" in line
+
+
+def test_restarts_repeat_an_error_of_the_user_only_after_the_first_iteration(own_drawn_voc, tmp_path):
+    """A damaged image during the training: the second attempt finds it before its first iteration, and is the last."""
+    flags = ("--device_list", "0,1", "--max_restarts", 3, "--resume", "auto", *LONG)
+    absent = finish(start(own_drawn_voc, tmp_path / "other", *flags, "--pretrained", tmp_path / "absent.pth"), 1)
+    assert absent.count("there is no such checkpoint file") == 1 == len(absent.splitlines())
+    process = start(own_drawn_voc, tmp_path / "run", *flags)
+    wait_for_iteration(process, tmp_path / "run", 1)
+    for path in (own_drawn_voc / "JPEGImages").glob("drawn_train_*.jpg"):
+        path.write_bytes(b"garbage")
+    output = finish(process, 1)
+    assert output.count("train.py: error: ") == 2 and not left_of(process)
 
 
 SWALLOWS = """

@@ -2,10 +2,12 @@
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import ROOT, error_line, run, untrained_checkpoint
 
+from export import WithPreparation, as_onnx, onnx_difference
 from fcn8s import BACKBONES, Backbone, FCN8s, ResNet
 from transforms import prepare
 
@@ -39,6 +41,9 @@ def test_an_exported_network_is_the_network(tmp_path, monkeypatch, backbone, siz
                tmp_path / "net.pth")
     done = run(EXPORT, tmp_path / "net.pth", tmp_path / "net.onnx", *(("--size", *size) if size else ()))
     assert "ONNX Runtime agrees with PyTorch" in done.stdout and done.stderr == ""
+    axes = onnx.load(tmp_path / "net.onnx").graph.output[0].type.tensor_type.shape.dim
+    assert [axis.dim_param or axis.dim_value for axis in axes] == (
+        [1, 4, *size] if size else ["batch", 4, "height", "width"])
     for shape in ((1, 3, *size),) if size else ((1, 3, 71, 90), (3, 3, 1, 8)):
         images = torch.randint(0, 256, shape).float()
         with torch.no_grad():
@@ -49,6 +54,19 @@ def test_an_exported_network_is_the_network(tmp_path, monkeypatch, backbone, siz
     if size:
         with pytest.raises(Exception, match="[Dd]imension"):
             onnx_logits(tmp_path / "net.onnx", torch.zeros(1, 3, 64, 64))
+
+
+def test_the_difference_is_relative_to_the_largest_logit_however_small_that_is():
+    torch.manual_seed(0)
+    network = WithPreparation(FCN8s(3, "tiny")).eval()
+    score = network.model.decode_head.score_fr
+    torch.nn.init.normal_(score.weight, std=1e-4)
+    content = as_onnx(network, ("a", "b", "c"), (1, 32, 40), dynamic=False)
+    assert onnx_difference(network, content, (1, 32, 40)) < 1e-4
+    with torch.no_grad():
+        score.weight *= 1.25
+        score.bias *= 1.25
+    assert onnx_difference(network, content, (1, 32, 40)) == pytest.approx(0.2, abs=1e-3)
 
 
 def test_an_export_says_what_is_missing_and_leaves_nothing(tmp_path, monkeypatch):

@@ -95,16 +95,16 @@ def test_another_batch_size_is_said_and_another_seed_refused(whole, drawn_voc, t
 
 
 SAVE = """
-import os, random, resource, signal, sys, time
+import dataclasses, os, random, resource, signal, sys, time
 from pathlib import Path
 import torch
-from cli import UserError
 from train import Progress
 from work_dir import WorkDir
 
 def content(number):
-    return {"state_dict": {"backbone.x": torch.full((300_000,), float(number))}, "meta": {"backbone": "resnet50"},
-            "optimizer": {}, "precision": {}, "progress": {"iteration": number}}
+    return {"state_dict": {"backbone.x": torch.full((300_000,), float(number))}, "optimizer": {"state": {}},
+            "meta": {"backbone": "resnet50", "args": {}, "ranks": 1, "digests": {"train": "", "val": ""}},
+            "precision": {}, "progress": dataclasses.asdict(Progress(number))}
 
 folder = WorkDir(Path(sys.argv[1]), "0", writes=True, keep=2)
 last, start = 0, None
@@ -134,8 +134,8 @@ folder.open(start, Progress(last), last + 10 ** 6)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # as if the disk were full
 try:
     folder.save(content(last + 1), last + 1, True)
-except UserError as error:
-    print(error)
+except OSError as error:
+    print(f"{error.filename}: {error.strerror}")
 assert folder.newest()[1].iteration() == last
 assert not list(folder.checkpoints.glob(".*"))
 """

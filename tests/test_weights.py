@@ -4,14 +4,17 @@ import dataclasses
 import hashlib
 import http.server
 import os
+import pickle
 import shlex
+import shutil
+import sys
 import threading
 
 import numpy
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, error_line, run, train_flags
+from conftest import ROOT, error_line, run, train, train_flags
 
 from cli import UserError
 from fcn8s import BACKBONES, VGG16, FCN8s, published
@@ -185,16 +188,17 @@ def test_a_file_that_wants_to_run_code_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "pwned").exists() and "\n" not in str(caught.value)
 
 
-def made_plain(content, monkeypatch, tmp_path):
+def made_plain(content, monkeypatch, tmp_path, name="a.pth", zipped=True):
     """Reads a file that is refused, and runs the command that the error names. -> the plain file's name"""
     monkeypatch.chdir(tmp_path)
-    torch.save(content, "a.pth")
+    torch.save(content, name, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="refused") as caught:
-        Checkpoint.read("a.pth")
-    python, flag, program = shlex.split(str(caught.value).split("make a plain one: ")[1])
-    assert (python, flag) == ("python", "-c")
+        Checkpoint.read(name)
+    python, flag, program, file = shlex.split(str(caught.value).split("make a plain one: ")[1])
+    assert (python, flag, file) == ("python", "-c", name)
+    monkeypatch.setattr(sys, "argv", [flag, file])
     exec(program, {})
-    return "a.pth.plain.pth"
+    return f"{name}.plain.pth"
 
 
 def test_the_command_that_an_error_names_makes_a_plain_file(models, tmp_path, monkeypatch):
@@ -209,6 +213,56 @@ def test_the_plain_file_of_torchfcns_trainer_keeps_what_tells_its_form(models, t
     plain = made_plain({"epoch": 1, "arch": "FCN8sAtOnce", "best_mean_iu": numpy.float64(0.5),
                         "model_state_dict": torchfcns(models["vgg16"])}, monkeypatch, tmp_path)
     assert Checkpoint.read(plain).form == "at_once"
+
+
+@pytest.mark.parametrize("zipped", (True, False))
+def test_the_plain_file_keeps_its_meta_and_any_name_and_format_will_do(zipped, tmp_path, monkeypatch):
+    """PyTorch's older format is no ZIP file."""
+    meta = {"CLASSES": ("a", "猫"), "PALETTE": numpy.zeros((2, 3), int), "best": numpy.float64(0.5),
+            "config": argparse.Namespace()}
+    weights = {"backbone.a": torch.ones(2)}
+    plain = made_plain({"state_dict": weights, "meta": meta}, monkeypatch, tmp_path, "it's $HOME's `a`.pth", zipped)
+    content = torch.load(plain, weights_only=True)
+    assert torch.equal(content["state_dict"]["backbone.a"], weights["backbone.a"])
+    assert content["meta"] == {"CLASSES": ["a", "猫"], "PALETTE": [[0, 0, 0]] * 2, "best": 0.5, "config": "Namespace()"}
+
+
+def test_a_plain_pickle_is_not_said_to_be_made_plain(tmp_path):
+    (tmp_path / "a.pth").write_bytes(pickle.dumps({"state_dict": {}, "meta": argparse.Namespace()}))
+    with pytest.raises(UserError, match="damaged, or a plain pickle"):
+        Checkpoint.read(tmp_path / "a.pth")
+
+
+EDITS = {"lists": ("meta", "lists", 5), "ids": ("meta", "lists", {"train": [1], "val": []}),
+         "names": ("meta", "classes", ["a"]), "colours": ("meta", "palette", [[0, 0, 300]] * 21),
+         "backbone": ("meta", "backbone", 7), "scale": ("meta", "scale", "large"), "ranks": ("meta", "ranks", None),
+         "digests": ("meta", "digests", {}), "iteration": ("progress", "iteration", "six"),
+         "evaluated": ("progress", "evaluated", -1), "sums": ("progress", "sums", [0.0]),
+         "momentum": ("optimizer", "state", {0: {"momentum_buffer": torch.ones(3)}}),
+         "no_momentum": ("optimizer", "state", {0: 5}), "others_momentum": (
+             "optimizer", "state", {1000: {"momentum_buffer": torch.ones(3)}}), "state": ("optimizer", "state", [])}
+
+
+def test_a_checkpoint_of_ours_that_was_edited_is_one_line(drawn_voc, tmp_path):
+    """And the one before it is used. What train.py writes is read, also after a step that was skipped."""
+    train(drawn_voc, tmp_path / "run", "--max_iters", 2, "--checkpoint_interval", 1)
+    latest = tmp_path / "run/ckpt/latest.pth"
+    for name, (part, key, value) in EDITS.items():
+        content = torch.load(latest, weights_only=True)
+        content[part][key] = value
+        torch.save(content, tmp_path / "edited.pth")
+        with pytest.raises(UserError, match="edited.pth: the file is damaged"):
+            Checkpoint.read(tmp_path / "edited.pth")
+            pytest.fail(name)
+        (tmp_path / "edited.pth").rename(tmp_path / f"{name}.pth")
+    content = torch.load(latest, weights_only=True)
+    content["optimizer"]["state"] = {0: {"momentum_buffer": None}}
+    torch.save(content, tmp_path / "skipped.pth")
+    Checkpoint.read(tmp_path / "skipped.pth")
+    for path in (latest, tmp_path / "run/ckpt/iter_2.pth"):
+        shutil.copy(tmp_path / "momentum.pth", path)
+    output = train(drawn_voc, tmp_path / "run", "--max_iters", 2, "--resume", "auto").stdout
+    assert "latest.pth: the file is damaged" in output and "iter_1.pth, iteration 1" in output
 
 
 def test_published_models_go_by_their_name(models, tmp_path, hub):

@@ -233,7 +233,7 @@ def test_ranks_whose_launcher_was_killed_save_and_end(drawn_voc, tmp_path):
     process.kill()
     output = finish(process, -signal.SIGKILL)
     assert "stopped by SIGTERM at iteration" in output and "which is saved" in output
-    assert not left_of(process, work_dir)
+    assert not left_of(process)
     assert state(work_dir / "ckpt/latest.pth")["progress"]["iteration"] == metrics(work_dir)[-1]["iter"]
 
 
@@ -243,7 +243,7 @@ def test_two_writers_of_one_file(tmp_path):
         assert ours != theirs
         ours.write_text("ours")
         theirs.write_text("theirs")
-        remove_leftovers(tmp_path)
+        remove_leftovers([tmp_path])
     assert (tmp_path / "name").read_text() == "ours" and len(list(tmp_path.iterdir())) == 1  # the last to end
 
 
