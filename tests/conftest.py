@@ -184,9 +184,23 @@ def free_port():
 
 
 def children_of(pid):
-    """The ids of a process's children: of a launcher the ranks, of a rank the workers."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(child) for child in listed.stdout.split()]
+    """The ids of a process's children that have not ended: of a launcher the ranks, of a rank the workers."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(") ")[2].split()[:2]
+            if state != "Z" and int(parent) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
+def fill_pipe(path):
+    """Writes into a pipe until it is full."""
+    writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(2 ** 16))
+    os.close(writer)
 
 
 def wait_for_iteration(process, work_dir, number):

@@ -18,6 +18,7 @@ from conftest import (
     ROOT,
     environment,
     error_line,
+    fill_pipe,
     finish,
     left_of,
     metrics,
@@ -115,23 +116,14 @@ def test_a_worker_whose_parent_was_killed_at_its_birth_ends(tmp_path):
 
 # ---- output that nobody reads
 
-def fill(descriptor):
-    """Writes into a pipe until it is full."""
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(descriptor, bytes(2 ** 16))
-
-
 def test_a_run_stops_and_saves_though_its_output_is_a_full_pipe(drawn_voc, tmp_path):
     process = start(drawn_voc, tmp_path / "run", "--max_iters", 10_000, "--eval_interval", 10_000)
     while not process.stdout.readline().startswith("iter 2/"):
         assert process.poll() is None
-    writer = os.open(f"/proc/{process.pid}/fd/1", os.O_WRONLY | os.O_NONBLOCK)
-    fill(writer)
+    fill_pipe(f"/proc/{process.pid}/fd/1")
     process.terminate()
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert not left_of(process)
-    os.close(writer)
     process.stdout.close()
     log = (tmp_path / "run/train_0.log").read_text()
     assert log.count("note: the output cannot be written to (nobody reads it)") == 1
@@ -141,8 +133,7 @@ def test_a_run_stops_and_saves_though_its_output_is_a_full_pipe(drawn_voc, tmp_p
 
 def test_two_interrupts_end_a_command_whose_output_is_a_full_pipe(checkpoint, photographs, tmp_path):
     reader, writer = os.pipe()
-    second = os.open(f"/proc/self/fd/{writer}", os.O_WRONLY | os.O_NONBLOCK)
-    fill(second)
+    fill_pipe(f"/proc/self/fd/{writer}")
     process = subprocess.Popen([sys.executable, PREDICT, checkpoint, photographs, "--device", "cpu", "--save_dir",
                                 tmp_path / "out"], stdout=writer, stderr=writer, env=environment())
     for _ in range(2):
@@ -150,8 +141,8 @@ def test_two_interrupts_end_a_command_whose_output_is_a_full_pipe(checkpoint, ph
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) in (128 + signal.SIGINT, -signal.SIGINT)
-    for descriptor in (reader, writer, second):
-        os.close(descriptor)
+    os.close(reader)
+    os.close(writer)
 
 
 def test_an_error_that_nobody_can_read_keeps_its_status(checkpoint, tmp_path):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as pytest's pythonpath
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
-from conftest import ROOT, assert_same_run, finish, left_of, run, start
+from conftest import ROOT, assert_same_run, children_of, fill_pipe, finish, left_of, run, start
 from draw_voc import draw_data_set
 
 from cli import UserError
@@ -30,8 +30,11 @@ STEP = 6  # iterations at most between the start of a run and its moment
 LIMIT = 60  # seconds after which a process is said to hang; torchrun kills one after 30
 KINDS = ("SIGKILL to the process", "SIGKILL to a worker", "SIGKILL to a rank", "SIGTERM to the process",
          "SIGINT to the process", "SIGTERM to all", "SIGINT to the group", "SIGTERM to a rank",
+         "SIGKILL to a new worker's parent", "SIGHUP to all", "SIGTERM to the process, after SIGHUP under nohup",
+         "SIGTERM to the process, its output full", "SIGTERM to the process, its output closed",
          "a copy is resumed", "the newest is damaged", "an older file is refused")
-KILLED = {"the process": (-9,), "a rank": (137,), "a worker": (1, 0)}  # exit statuses; 0: it was not needed any more
+KILLED = {"the process": (-9,), "a rank": (137,), "a worker": (1, 0),  # exit statuses; 0: it was not needed any more
+          "a new worker's parent": (-9, 137)}
 
 
 class Disturbed:
@@ -40,7 +43,6 @@ class Disturbed:
     def __init__(self, folder, data, ranks, iterations, rng):
         self.path, self.data, self.ranks, self.rng = folder / f"run{ranks}", data, ranks, rng
         self.copies, self.longest = 0, 0.0  # seconds from a moment until every process was gone
-        self.sessions = set()  # of the run's processes: torchrun gives each rank one of its own
         self.flags = ("--max_iters", iterations, "--checkpoint_interval", 4, "--eval_interval", 25,
                       *(("--device_list", "0,1") if ranks == 2 else ()))
         self.twin = folder / f"twin{ranks}"
@@ -68,8 +70,9 @@ class Disturbed:
                  "an older file is refused": self.resume_older}
         if kind in other:
             return other[kind]()
-        name, _, whom = kind.split(maxsplit=2)
-        return (whom != "a rank" or self.ranks == 2) and self.signal(signal.Signals[name], whom)
+        name, _, rest = kind.split(maxsplit=2)
+        whom, _, how = rest.partition(", ")
+        return (whom != "a rank" or self.ranks == 2) and self.signal(signal.Signals[name], whom, how)
 
     def copy(self):
         self.copies += 1
@@ -107,24 +110,29 @@ class Disturbed:
         assert "is not the newest checkpoint" in output and content() == before, output
         return True
 
-    def signal(self, number, whom):
+    def signal(self, number, whom, how):
         before, restarts = self.iteration(), self.rng.randint(0, 1) if self.ranks == 2 else 0
-        self.sessions = set()
-        process = self.start(self.path, "--resume", "auto", *(("--max_restarts", restarts) if restarts else ()))
-        trains = self.wait(process)
+        hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in how else signal.SIG_DFL)
+        process = self.start(self.path, "--resume", "auto", *(("--max_restarts", restarts) if restarts else ()),
+                             *(("--workers", 2) if "new" in whom else ()))
+        signal.signal(signal.SIGHUP, hangup)
+        trains = self.wait_for_worker(process) if "new" in whom else self.wait(process)
+        with contextlib.suppress(OSError):  # it ended
+            self.prepare(process, how)
         sent, since = process.poll() is None and self.send(process, number, whom), time.monotonic()
         # A rank that got SIGTERM before it trained may be restarted, too.
-        restarted = sent and restarts and (whom == "a worker" or whom == "a rank" and not (
+        restarted = sent and restarts and (whom in ("a worker", "a new worker's parent") or whom == "a rank" and not (
             number == signal.SIGTERM and trains))
         if restarted:
             self.wait(process)
             since = time.monotonic()
         if restarted or not sent:
             process.terminate()
-        output, _ = process.communicate(timeout=LIMIT)
+        if "output" in how:
+            process.wait(LIMIT)  # without reading
+        output = "" if process.stdout.closed else process.communicate(timeout=LIMIT)[0]
         self.longest = max(self.longest, time.monotonic() - since)
-        left = [one for one, (_, session) in processes().items() if session in self.sessions]
-        assert not left_of(process, self.path) + left, f"{left} are left\n{output}"
+        assert not left_of(process), f"{left_of(process)} are left\n{output}"
         assert "Traceback" not in output or "KeyboardInterrupt" in output, output
         assert self.iteration() >= before, f"iteration {before} is lost\n{output}"
         expected = KILLED[whom] if number == signal.SIGKILL else (128 + number, -number)
@@ -138,14 +146,31 @@ class Disturbed:
         end = time.monotonic() + (self.rng.uniform(0, 5) if self.rng.random() < 0.2 else LIMIT)
         while process.poll() is None and len(self.folder.metrics()) < lines and time.monotonic() < end:
             time.sleep(0.01)
-        self.sessions |= {processes().get(one, (0, process.pid))[1] for one in family(process.pid)}
         return len(self.folder.metrics()) >= lines
+
+    def wait_for_worker(self, process):
+        """Returns as soon as a rank has a child."""
+        while process.poll() is None and not any(map(children_of, self.rank_ids(process))):
+            pass
+
+    def rank_ids(self, process):
+        return children_of(process.pid) if self.ranks == 2 else [process.pid]
+
+    def prepare(self, process, how):
+        """What happens outside of the run before its signal."""
+        if "nohup" in how:
+            self.send(process, signal.SIGHUP, "all")
+        elif "closed" in how:
+            process.stdout.close()
+        elif "full" in how:
+            fill_pipe(f"/proc/{process.pid}/fd/1")
 
     def send(self, process, number, whom):
         """-> whether there was a process to send the signal to"""
-        ranks = children_of(process.pid) if self.ranks == 2 else [process.pid]
+        ranks = self.rank_ids(process)
         targets = {"the process": [process.pid], "the group": [-process.pid], "a rank": ranks,
                    "a worker": [worker for rank in ranks for worker in children_of(rank)],
+                   "a new worker's parent": [rank for rank in ranks if children_of(rank)],
                    "all": family(process.pid)}[whom]  # the group: a terminal's Ctrl-C; all: as Slurm does
         sent = False
         for target in targets if whom == "all" else targets and [self.rng.choice(targets)]:
@@ -153,21 +178,6 @@ class Disturbed:
                 os.kill(target, number)
                 sent = True
         return sent
-
-
-def processes():
-    """{id: (its parent's, its session's)} of all processes that have not ended."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent, _, session = path.read_text().rpartition(") ")[2].split()[:4]
-            if state != "Z":
-                found[int(path.parent.name)] = int(parent), int(session)
-    return found
-
-
-def children_of(pid):
-    return [one for one, (parent, _) in processes().items() if parent == pid]
 
 
 def family(pid):
