@@ -20,6 +20,8 @@ from voc import LISTS, read_classes
 from weights import Checkpoint, add_network_flags
 from work_dir import write_summary
 
+CONFUSION = "confusion.png"  # in --save_dir
+
 
 def parse_args(argv=None):
     parser = Parser("Score a trained network on a list of images.",
@@ -41,11 +43,12 @@ def parse_args(argv=None):
 
     output = parser.add_argument_group("what it writes")
     output.add_argument("--save_dir", metavar="DIR", type=file_path,
-                        help="the class of each pixel as palette PNGs, and in compared/ photograph, label, prediction "
-                             "and errors side by side (default: none)")
+                        help="the class of each pixel as palette PNGs, in compared/ photograph, label, prediction "
+                             "and errors side by side, and confusion.png (default: none)")
     output.add_argument("--overlay", action="store_true",
                         help="also DIR/overlay/: the photograph under the class colours, with a legend")
-    output.add_argument("--json", metavar="FILE", type=file_path, help="the scores (default: none)")
+    output.add_argument("--json", metavar="FILE", type=file_path,
+                        help="the scores and the confusion matrix (default: none)")
 
     how = add_protocol_flags(parser)
     how.add_argument("--batch_size", type=number(1, MAX_BATCH), metavar="N",
@@ -115,17 +118,19 @@ def class_names(args, checkpoint):
 
 
 def report(args, scores, names, images, seconds, checkpoint, write_json):
-    """Prints the scores, and writes --json, where NaN is null, by `write_json`, if that is not None."""
+    """Prints the scores, and writes confusion.png and, by `write_json` if it is not None, --json, where NaN is null."""
     print(format_table(scores, names))
     print(f"{summary(scores)}  ({images / seconds:.2f} images/s)")
     if args.save_dir:
+        visualize.save(visualize.draw_confusion(scores["confusion"], names), args.save_dir / CONFUSION)
         print(f"pictures in {args.save_dir}")
     if write_json:
         scores = for_json(scores, names)
         classes = {name: {"IoU": scores["IoU"][name], "Acc": scores["Acc"][name]} for name in names}
         result = {"checkpoint": args.checkpoint, "iteration": checkpoint.iteration(), "split": args.split,
                   "images": images, **{name: scores[name] for name in MEANS},
-                  "images_per_second": images / seconds, "seconds": seconds, "classes": classes}
+                  "images_per_second": images / seconds, "seconds": seconds, "classes": classes,
+                  "confusion": scores["confusion"]}  # a row for each label's class, a column for each predicted one
         write_json(as_json(result))
 
 
@@ -149,10 +154,13 @@ def picture_writer(args, data, names, colours):
 
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in data.ids):
         raise UserError(f"--save_dir {folder}: the list has ids that lead out of the data folder; take another list")
-    every_file = [file for name in data.ids for file in files(name)]
-    check_no_overlap(data.files(), every_file, f"--save_dir {folder}")
+    targets = [folder / CONFUSION, *(file for name in data.ids for file in files(name))]
+    if len(set(targets)) < len(targets):
+        twice = next(file for file in targets if targets.count(file) > 1)
+        raise UserError(f"--save_dir {folder}: two pictures would be {twice}; rename that image, or take another list")
+    check_no_overlap(data.files(), targets, f"--save_dir {folder}")
     check_writable(folder)
-    remove_leftovers({file.parent for file in every_file})
+    remove_leftovers({file.parent for file in targets})
 
     def write(index, prediction):
         image, label = data[index]

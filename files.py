@@ -5,6 +5,7 @@ import fcntl
 import functools
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -48,8 +49,12 @@ def write_whole(path, content):
 
 
 def as_json(value):
-    """A value as JSON in UTF-8: bytes. A byte XX of a name that is not UTF-8 becomes the escape \\udcXX."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    """A value as JSON in UTF-8: bytes. A byte XX of a name that is not UTF-8 becomes the escape \\udcXX.
+
+    Indented, but a list of whole numbers, say a row of a confusion matrix, is one line.
+    """
+    text = re.sub(r"\n +(?=\d+,?\n)|(?<=\d)\n +(?=\])", " ", json.dumps(value, indent=2, ensure_ascii=False))
+    return (text + "\n").encode(errors="backslashreplace")
 
 
 def link_or_copy(source, target):

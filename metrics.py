@@ -28,7 +28,7 @@ def scores_of(confusion):
     """The metrics of a confusion matrix (NumPy), in per cent; a class that is 0/0 is NaN and left out of the mean.
 
     -> dict: aAcc, correct / labelled pixels; Acc [C], correct / the label's pixels, and its mean mAcc; IoU [C],
-    correct / (label's + predicted - correct pixels), and its mean mIoU (Long et al., section 4)
+    correct / (label's + predicted - correct pixels), and its mean mIoU (Long et al., section 4); confusion, the counts
     """
     correct, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     with np.errstate(invalid="ignore"):
@@ -36,7 +36,7 @@ def scores_of(confusion):
         iou = 100 * correct / (labelled + predicted - correct)
         overall = 100 * correct.sum() / labelled.sum()
     return {"aAcc": float(overall), "mIoU": mean_of(iou), "mAcc": mean_of(accuracy), "IoU": iou.tolist(),
-            "Acc": accuracy.tolist()}
+            "Acc": accuracy.tolist(), "confusion": confusion.tolist()}
 
 
 def mean_of(values):
@@ -55,8 +55,9 @@ def for_json(scores, names):
     def finite(value):
         return None if math.isnan(value) else value
 
-    return {name: finite(value) if name in MEANS else dict(zip(names, map(finite, value), strict=True))
-            for name, value in scores.items()}
+    return {**{name: finite(scores[name]) for name in MEANS},
+            **{name: dict(zip(names, map(finite, scores[name]), strict=True)) for name in ("IoU", "Acc")},
+            "confusion": scores["confusion"]}
 
 
 def format_table(scores, classes):

@@ -399,7 +399,7 @@ def main(args):
 
             if due(args.log_interval):
                 work_dir.log_losses(progress, sums.tolist(), learning_rate(progress.iteration - 1, args), speed.read(),
-                                    peak_memory(device), last)
+                                    peak_memory(device), last, model.auxiliary_head is not None)
                 sums.zero_()
             if (due(NAN_INTERVAL) or due(args.log_interval)) and longest_nan_run >= MAX_NAN_STEPS:
                 fail(f"the loss was NaN or Inf for {int(longest_nan_run)} steps in a row,")
@@ -424,24 +424,23 @@ def main(args):
 
 
 def draw(work_dir, model, data, protocol, device, iteration, scores):
-    """Writes curves.png, and val_samples.png: the same few validation images each time, spread over the list.
+    """Writes curves.png, confusion.png, and val_samples.png: the same few images each time, spread over the list.
 
     A drawing that fails is a log line: it does not end a training of hours.
     """
     try:
-        visualize.save(visualize.draw_curves(work_dir.metrics(), data.classes), work_dir.path / "curves.png")
         samples = []
         for index in np.unique(np.linspace(0, len(data.val) - 1, VAL_SAMPLES).round().astype(int)):
             image, label = data.val[index]
-            samples.append((image.permute(1, 2, 0).numpy(), label.numpy(), classify(model, image, protocol, device)))
+            samples.append((data.val.ids[index], image.permute(1, 2, 0).numpy(), label.numpy(),
+                            classify(model, image, protocol, device)))
         title = f"iteration {iteration:,}, mIoU {scores['mIoU']:.2f}"
-        grid = visualize.sample_grid(samples, data.classes, palette(), title)
-        visualize.save(grid, work_dir.path / "val_samples.png")
-        if work_dir.board:
-            work_dir.board.add_image("val_samples", np.asarray(grid.convert("RGB")), iteration, dataformats="HWC")
-            work_dir.board.flush()
+        work_dir.add_pictures(iteration, {
+            "curves": visualize.draw_curves(work_dir.metrics(), data.classes),
+            "confusion": visualize.draw_confusion(scores["confusion"], data.classes),
+            "val_samples": visualize.sample_grid(samples, data.classes, palette(), title)})
     except Exception as error:
-        work_dir.log(f"curves.png or val_samples.png could not be drawn: {first_line(error)}")
+        work_dir.log(f"the pictures of iteration {iteration} could not be drawn: {first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures for people: class maps as palette PNGs, overlays, comparisons with the label, sample grids, curves.
+"""Pictures for people: class maps as palette PNGs, overlays, comparisons, sample grids, curves, confusion matrices.
 
 Shapes: an image is uint8 [H, W, 3], RGB, channels last as in Pillow; a label or class map is uint8 [H, W]; `colours`
 are uint8 [256, 3], the colour of each class and of IGNORE. Functions return PIL images, which `save` writes.
@@ -7,12 +7,13 @@ Drawn over an image, class 0 (the background) is transparent and IGNORE is opaqu
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import math
 import warnings
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from files import whole_file
 from voc import IGNORE
@@ -26,11 +27,15 @@ WHITE, BLACK, FRAME = (255, 255, 255), (0, 0, 0), (120, 120, 120)
 TEXT, TITLE = 16, 20  # minimum height of text, and height of a grid's title, in pixels
 TEXT_PART = 32  # on large pictures, text is sqrt(area) / TEXT_PART pixels high
 OUTLINE_PART = 20  # outlines of classes are 1 / OUTLINE_PART of the text's height wide, at least one pixel
+GREYISH = 64  # a colour whose channels differ by less is hatched: photographs have areas of such a colour
+HATCH_WIDTH, HATCH_STEP = 2, 8  # of the lines of that hatching, in widths of an outline
+LEGEND_WIDTH = 8  # minimum width of a legend, in heights of its text
+LEGEND_PART = 3  # a legend is at most 1 / LEGEND_PART of a picture's height, but has a row
 STRIP_PIXELS = 2 ** 22  # overlays are blended in strips of this many pixels, to save memory
+PANELS = ("photograph", "label", "prediction")  # and the errors
 PANEL_SIDES = (320, 1024)  # minimum and maximum of the longer side of a comparison's panels, in pixels
-SAMPLE_BOX = (240, 200)  # maximum width and height of the views in a sample grid, in pixels
+SAMPLE_BOX = (220, 165)  # maximum width and height of the views in a sample grid, in pixels
 SAMPLE_COLOURS, SAMPLE_STEP = 192, 3  # a grid is reduced to this many colours, chosen from every third pixel
-BLOCKS = 2  # samples per row of a grid
 GAP = 6  # pixels between pictures
 ROW, COLUMN = 0, 1  # the axis along which `joined` places pictures
 JPEG_SIDE, JPEG_QUALITY = 65_500, 90  # the format allows no longer sides
@@ -40,7 +45,8 @@ CHART_STYLE = {
     "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.1, "text.parse_math": False,
     "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlelocation": "left"}
-BARS, BAR_NAME = 40, 30  # a bar chart shows at most this many classes, and this many letters of a name
+BARS, NAME = 40, 30  # a bar chart shows at most this many classes, and charts this many letters of a name
+CELL, MATRIX = 0.36, 2.5  # side of a confusion matrix's cell, and the least of the matrix, in inches
 
 ASCII = frozenset(map(chr, range(0x20, 0x7F)))
 LETTERS_SHOWN = 8  # a note on missing letters shows at most this many
@@ -69,7 +75,7 @@ def overlay(image, classes, names, colours):
     height, width = classes.shape
     font = font_for(names, width, height)
     if classes.any():
-        below = legend([classes], names, colours, width, font, shares=True)
+        below = legend([classes], names, colours, (width, height), font, shares=True)
     else:
         below = text_line("nothing found", font)
     canvas = Image.new("RGB", (max(width, below.width), height + below.height), WHITE)
@@ -78,7 +84,7 @@ def overlay(image, classes, names, colours):
     for top in range(0, height, rows):
         above = min(line, top)  # extra rows on both sides continue outlines across strips
         part = slice(top - above, top + rows + line)
-        strip = tinted(Image.fromarray(image[part]), classes[part], colours, line)
+        strip = tinted(Image.fromarray(image[part]), classes[part], colours, line, top - above)
         canvas.paste(strip.crop((0, above, width, above + min(rows, height - top))), (0, top))
     return canvas
 
@@ -90,24 +96,24 @@ def comparison(image, label, prediction, names, colours):
     side = min(max(max(label.shape), PANEL_SIDES[0]), PANEL_SIDES[1])
     font = font_for(names, side, side)
     panels, _ = views(image, label, prediction, (side, side), colours, max(1, font.size // OUTLINE_PART))
-    captions = [text_line(text, font) for text in ("photograph", "label", "prediction")]
-    captions.append(text_line(f"errors: {share}", font, WRONG))
+    captions = [*(text_line(text, font) for text in PANELS), text_line(f"errors: {share}", font, WRONG)]
     width = max(part.width for part in (*panels, *captions))
     body = joined([joined(parts, ROW, GAP, (width, 0)) for parts in (captions, panels)], COLUMN)
-    return joined([body, legend([label, prediction], names, colours, body.width, font)], COLUMN)
+    return joined([body, legend([label, prediction], names, colours, body.size, font)], COLUMN)
 
 
 def sample_grid(samples, names, colours, title):
-    """Label, prediction and errors of samples [(image, label, prediction), ...] in a grid: an image of mode P."""
+    """Image, label, prediction and errors of samples [(name, image, label, prediction), ...]: an image of mode P."""
     font = font_for(names, *SAMPLE_BOX)
-    parts = [views(*sample, SAMPLE_BOX, colours, 1) for sample in samples]
-    cell = [max(panels[0].size[axis] for panels, _ in parts) for axis in (0, 1)]
-    captions = [text_line("label", font), text_line("prediction", font), text_line("errors", font, WRONG)]
-    head = joined(captions, ROW, GAP, (cell[0], 0))
-    cells = [joined(panels[1:], ROW, GAP, cell) for panels, _ in parts]
-    rows = [cells[start:start + BLOCKS] for start in range(0, len(cells), BLOCKS)]
-    body = joined([joined(row, ROW, 4 * GAP) for row in ([head] * len(rows[0]), *rows)], COLUMN, GAP)
-    below = legend([classes for _, maps in parts for classes in maps], names, colours, body.width, font)
+    parts = [views(*sample, SAMPLE_BOX, colours, max(1, font.size // OUTLINE_PART)) for _, *sample in samples]
+    captions = [*(text_line(text, font) for text in PANELS), text_line("errors", font, WRONG)]
+    width = max(part.width for part in (*captions, *(panel for panels, _ in parts for panel in panels)))
+    rows = [joined(captions, ROW, GAP, (width, 0))]
+    for (name, *_), (panels, _) in zip(samples, parts, strict=True):
+        row = joined(panels, ROW, GAP, (width, 0))
+        rows += [text_line(fitting(name, "", font, row.width - 2 * font.size), font), row]
+    body = joined(rows, COLUMN)
+    below = legend([classes for _, maps in parts for classes in maps], names, colours, body.size, font)
     picture = joined([text_line(title, font.font_variant(size=TITLE)), body, below], COLUMN)
     return few_colours(picture, (WRONG, WHITE, tuple(colours[IGNORE].tolist())))
 
@@ -127,12 +133,26 @@ def views(image, label, prediction, box, colours, line):
     return [image, *overlays, errors], (label, prediction)
 
 
-def tinted(image, classes, colours, line):
-    """A PIL image with class colours over it and outlines `line` pixels wide."""
-    picture = image.copy()
-    picture.paste(class_picture(classes, colours).convert("RGB"), mask=Image.fromarray(classes).point(OPACITIES))
+def tinted(image, classes, colours, line, top=0):
+    """A PIL image with class colours over it, hatched if they are greyish or pale, and outlines `line` pixels wide. The
+    image is a strip of a picture, from row `top`."""
+    picture, layer = image.copy(), class_picture(classes, colours).convert("RGB")
+    hatched = np.ptp(colours.astype(int), axis=1) < GREYISH
+    hatched[[0, IGNORE]] = False
+    if hatched[histogram(classes) > 0].any():
+        contrast = np.where(colours.mean(1, keepdims=True) < UNDER, WHITE, BLACK)
+        lines = np.where(hatched[:, None], contrast, colours).astype(np.uint8)
+        rows, columns = np.ogrid[top:top + image.height, :image.width]
+        mask = (rows + columns) // line % HATCH_STEP < HATCH_WIDTH
+        layer.paste(class_picture(classes, lines).convert("RGB"), mask=Image.fromarray(mask))
+    picture.paste(layer, mask=Image.fromarray(classes).point(OPACITIES))
     picture.paste(WHITE, mask=Image.fromarray(outlines(classes, line)))
     return picture
+
+
+def histogram(classes):
+    """How many pixels of a class map have each value: int64 [256]. np.bincount needs 8 times the memory."""
+    return np.array(Image.fromarray(classes).histogram())
 
 
 def outlines(classes, line):
@@ -165,32 +185,65 @@ def percent(share):
     return f"{100 * share:.1f}%" if share == 0 or share >= 0.0005 else "<0.1%"
 
 
-def legend(maps, names, colours, width, font, shares=False):
-    """The classes in some maps, in lines of at most `width` pixels. `shares` adds their shares and sorts by them."""
-    counts = sum(np.array(Image.fromarray(classes).histogram()) for classes in maps)  # np.bincount needs 8 x the memory
-    opacity = np.array(OPACITIES)[:, None] / 255
-    blended = np.round(colours * opacity + UNDER * (1 - opacity)).astype(int).tolist()
-    lines = [[]]
+def legend(maps, names, colours, size, font, shares=False):
+    """The classes in some maps, below a picture of `size` (width, height). It is no wider, and those that would make it
+    too high are counted. Class 0 takes no row of its own. `shares` adds the classes' shares and sorts by them."""
+    counts = sum(map(histogram, maps))
+    width, rows = max(size[0], LEGEND_WIDTH * font.size), [[]]
+    ground = Image.new("RGB", (font.size, font.size), (UNDER, UNDER, UNDER))
     for index in sorted(np.flatnonzero(counts), key=lambda i: (i == 0, i == IGNORE, -counts[i] * shares)):
-        text = "not labelled" if index == IGNORE else names[index] if index else f"no colour: {names[0]}"
-        text += f" {percent(counts[index] / counts.sum())}" if shares else ""
-        entry = text_line(text, font, tuple(blended[index]) if index else None)
-        if lines[-1] and sum(item.width for item in lines[-1]) + entry.width > width:
-            lines.append([])
-        lines[-1].append(entry)
-    return joined([joined(line, ROW) for line in lines], COLUMN)
+        name = "not labelled" if index == IGNORE else names[index] if index else f"no colour: {names[0]}"
+        share = f" {percent(counts[index] / counts.sum())}" if shares else ""
+        square = np.full(ground.size, index, np.uint8)
+        square = tinted(ground, square, colours, max(1, font.size // OUTLINE_PART)) if index else None
+        entry = text_line(fitting(name, share, font, width - 3 * font.size), font, square)
+        if rows[-1] and sum(item.width for item in (*rows[-1], entry)) > width:
+            if index == 0:
+                break
+            rows.append([])
+        rows[-1].append(entry)
+    margin = font.size // 4  # of a line of text, too much for a legend
+    most = max(1, size[1] // (LEGEND_PART - 1) // (2 * (font.size - margin)))
+    hidden, rows = sum(map(len, rows[most:])), rows[:most]
+    while hidden and sum(item.width for item in (*rows[-1], text_line(f"and {hidden} more", font))) > width:
+        rows[-1].pop()
+        hidden += 1
+    rows[-1] += [text_line(f"and {hidden} more", font)] if hidden else []
+    lines = [ImageOps.crop(joined(row, ROW), (0, margin)) for row in rows]
+    return joined(lines, COLUMN)
 
 
-def text_line(text, font, colour=None):
-    """A line of text on white, after a square of the colour if there is one. ASCII has Pillow's own font."""
+def fitting(name, end, font, width):
+    """A name and its end, the name cut so that the text takes at most `width` pixels."""
+    text, length = name + end, len(name)
+    while length and sum(part.getlength(run) for run, part in runs(text, font)) > width:
+        length -= 1
+        text = f"{name[:length]}...{end}"
+    return text
+
+
+def runs(text, font):
+    """[(part of a text, its font), ...]: ASCII has Pillow's own, within other letters only if the font lacks it."""
+    if not text.isascii() and ASCII <= charmap(font.path):
+        return [(text, font)]
+    own = ImageFont.load_default(font.size)
+    return [("".join(run), own if ascii else font) for ascii, run in itertools.groupby(text, str.isascii)]
+
+
+def text_line(text, font, square=None):
+    """A line of text on white, after a square if there is one: a colour, or a picture of the text's height."""
     size, half = font.size, font.size // 2
-    font = ImageFont.load_default(size) if text.isascii() else font
-    left = 2 * size - half if colour else 0
-    picture = Image.new("RGB", (left + round(font.getlength(text)) + size, 2 * size), WHITE)
+    left = 2 * size - half if square else 0
+    parts = [(*run, run[1].getlength(run[0])) for run in runs(text, font)]
+    picture = Image.new("RGB", (left + round(sum(length for *_, length in parts)) + size, 2 * size), WHITE)
     draw = ImageDraw.Draw(picture)
-    if colour:
-        draw.rectangle((half, half, half + size - 1, half + size - 1), colour, FRAME)
-    draw.text((left + size / 2, size * 1.35), text, BLACK, font, anchor="ls")
+    if square:
+        picture.paste(square, (half, half, half + size, half + size))
+        draw.rectangle((half, half, half + size - 1, half + size - 1), None, FRAME)
+    left += size / 2
+    for run, part, length in parts:
+        draw.text((left, size * 1.35), run, BLACK, part, anchor="ls")
+        left += length
     return picture
 
 
@@ -207,17 +260,25 @@ def joined(pictures, axis, gap=0, cell=(0, 0)):
     return canvas
 
 
-def draw_curves(metrics, names):
-    """Loss, learning rate and mIoU, and after two evaluations the IoU per class. metrics: metrics.jsonl as dicts."""
+@contextlib.contextmanager
+def chart_style(names):
+    """matplotlib's style, and its fonts for these class names. Yields its Figure."""
     import matplotlib  # here, because it takes a second
     from matplotlib.figure import Figure
 
-    tables = [line for line in metrics if line.get("IoU")]
     path, _ = font_file(names)
     families = [installed_fonts()[path]] if path else []
-    with matplotlib.rc_context({"font.family": ["DejaVu Sans", *families], **CHART_STYLE}):
-        figure = Figure(figsize=(13, 8.5), dpi=100, layout="constrained")
-        panels = figure.subplot_mosaic("LC;MC;RC" if len(tables) > 1 else "L;M;R", height_ratios=(3, 3, 2))
+    with (matplotlib.rc_context({"font.family": ["DejaVu Sans", *families], **CHART_STYLE}),
+          warnings.catch_warnings(record=True)):  # of missing letters, which `missing_font` reports
+        yield Figure
+
+
+def draw_curves(metrics, names):
+    """Loss, learning rate and mIoU, and after an evaluation the IoU per class. metrics: metrics.jsonl as dicts."""
+    tables = [line for line in metrics if any(iou is not None for iou in line.get("IoU", {}).values())]
+    with chart_style(names) as figure_of:
+        figure = figure_of(figsize=(13, 8.5), dpi=100, layout="constrained")
+        panels = figure.subplot_mosaic("LC;MC;RC" if tables else "L;M;R", height_ratios=(3, 3, 2))
         draw_losses(panels["L"], metrics)
         scores = draw_line(panels["M"], metrics, "mIoU", "validation mIoU, %", "tab:green")
         if len(scores):
@@ -227,10 +288,33 @@ def draw_curves(metrics, names):
             panels["M"].plot(iteration, best, "*", color="tab:green", markersize=13, markeredgecolor="white")
         draw_line(panels["R"], metrics, "lr", "learning rate", "tab:purple")
         panels["R"].set_xlabel("iteration")
-        if len(tables) > 1:
+        if tables:
             draw_bars(panels["C"], tables, names)
-        with warnings.catch_warnings(record=True):  # of missing letters, which `missing_font` reports
-            figure.savefig(file := io.BytesIO())
+        figure.savefig(file := io.BytesIO())
+    return Image.open(file).convert("RGB")
+
+
+def draw_confusion(confusion, names):
+    """A confusion matrix [C, C], row: label, column: prediction, in per cent of a row, without classes in neither."""
+    counts = np.array(confusion)
+    present = np.flatnonzero(counts.sum(0) + counts.sum(1)) if counts.any() else [0]
+    counts = counts[np.ix_(present, present)]
+    labelled, columns = counts.sum(1, keepdims=True), [names[index][:NAME] for index in present]
+    rows = [name if count else f"{name} (not in labels)" for name, count in zip(columns, labelled, strict=True)]
+    shares, side = 100 * counts / labelled.clip(min=1), max(MATRIX, CELL * len(present))
+    with chart_style(names) as figure_of:
+        figure = figure_of(figsize=(side, side), dpi=100)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.imshow(shares, "Greens", vmin=0, vmax=100)
+        for row, column in np.argwhere(shares >= 0.5):
+            axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize="small",
+                      color="white" if shares[row, column] > 60 else "black")
+        axes.set_xticks(range(len(columns)), columns, rotation=90)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params(length=0, labeltop=True, labelbottom=False)
+        axes.grid(False)
+        axes.set(xlabel="prediction", ylabel="label", title="% of each label's pixels")
+        figure.savefig(file := io.BytesIO(), bbox_inches="tight")
     return Image.open(file).convert("RGB")
 
 
@@ -265,10 +349,14 @@ def draw_losses(axes, metrics):
 
 
 def draw_bars(axes, tables, names):
-    """Draws bars of each class's IoU in the last evaluation, and marks of its IoU in the one with the best mIoU."""
+    """Draws bars of each class's IoU in the last evaluation, a line at its mIoU, and marks of the IoU in the evaluation
+    with the best mIoU. Classes that neither labels nor predictions have are counted."""
     last, best = tables[-1], max(tables, key=lambda line: line.get("mIoU") or 0)
-    values, marks = last["IoU"], best["IoU"]
-    shown = sorted(names, key=lambda name: -1 if values.get(name) is None else values[name])
+    values, marks, accuracy = last["IoU"], best["IoU"], last.get("Acc", {})
+    shown = sorted((name for name in names if values.get(name) is not None), key=values.get)
+    below = [f"| at the best mIoU, iteration {best['iter']:,}"] if best is not last else []
+    if len(shown) < len(names):
+        below.append(f"{len(names) - len(shown)} of {len(names)} classes: neither in labels nor in predictions")
     title = f"IoU per class at iteration {last['iter']:,}, %"
     if len(shown) > BARS:
         title += f" ({BARS // 2} best and worst)"
@@ -276,14 +364,16 @@ def draw_bars(axes, tables, names):
     axes.barh(range(len(shown)), [values.get(name) or 0 for name in shown], color="tab:green", alpha=0.6)
     if best is not last:
         axes.plot([marks.get(name) for name in shown], range(len(shown)), "k|", markersize=9)
-        axes.set_xlabel(f"| at the best mIoU, iteration {best['iter']:,}")
     for row, name in enumerate(shown):
-        text = "" if name is None else "absent" if values.get(name) is None else f"{values[name]:.1f}"
+        text = "" if name is None else f"{values[name]:.1f}" if accuracy.get(name, 0) is not None else "not in labels"
         axes.text(101, row, text, va="center", fontsize="small", color="dimgrey")
-    labels = ["..." if name is None else name if len(name) <= BAR_NAME else f"{name[:BAR_NAME]}..." for name in shown]
-    axes.set_yticks(range(len(shown)), labels, fontsize="small")
+    if last.get("mIoU") is not None:
+        axes.axvline(last["mIoU"], color="grey", linewidth=0.8, linestyle="--", label=f"mIoU {last['mIoU']:.2f}")
+        axes.legend(loc="lower right")
+    axes.set_yticks(range(len(shown)), ["..." if name is None else name[:NAME] for name in shown], fontsize="small")
     axes.grid(False, axis="y")
-    axes.set(title=title, xlim=(0, 100), ylim=(min(0, len(shown) - 8) - 0.6, len(shown) - 0.4))  # few bars stay slim
+    axes.set(title=title, xlabel="\n".join(below), xlim=(0, 100),
+             ylim=(min(0, len(shown) - 8) - 0.6, len(shown) - 0.4))  # few bars stay slim
 
 
 def missing_font(names):

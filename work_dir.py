@@ -27,11 +27,12 @@ from cli import UserError
 from device import describe
 from files import as_json, check_writable, link_or_copy, remove_leftovers, write_whole
 from metrics import MEANS, for_json, format_table, number, summary
-from visualize import missing_font
+from visualize import missing_font, save
 from voc import digest
 from weights import Checkpoint
 
 OWN_NAME = re.compile(r"iter_(0|[1-9]\d*)\.pth")  # other files in the folder are left alone
+PICTURES = ("curves", "confusion", "val_samples")  # .png, drawn at each evaluation
 CPU_CROP = 256  # pixels; with a larger one a CPU takes seconds for each image
 CPU_FLAGS = ("--backbone resnet50 --scale 256 128 --crop_size 128 --batch_size 4 --max_iters 400 --amp "
              "--eval_interval 100 --checkpoint_interval 100")
@@ -147,7 +148,7 @@ class WorkDir(contextlib.ExitStack):
         if not self.best.is_file():
             progress.best, progress.best_iteration = -1.0, 0
         if tensorboard:  # what an earlier run wrote there after this iteration is hidden
-            from torch.utils.tensorboard import SummaryWriter  # only here: the package is optional
+            from torch.utils.tensorboard import SummaryWriter  # here, as the package is optional
             self.board = self.enter_context(SummaryWriter(self.path / "tensorboard", purge_step=progress.iteration + 1))
 
     def progress_bar(self, iteration, last):
@@ -172,36 +173,47 @@ class WorkDir(contextlib.ExitStack):
             append(self.log_path, text)
 
     def add_metrics(self, line):
-        """Adds a line to metrics.jsonl, and its numbers to TensorBoard's file."""
+        """Adds a line to metrics.jsonl, and its numbers to TensorBoard's file: train/..., val/..., val_IoU/<class>."""
         if self.writes:
             append(self.metrics_path, json.dumps(line))
         if self.board:
-            scores = {f"{name}/{cls}": value for name in ("IoU", "Acc") for cls, value in line.get(name, {}).items()}
-            for tag, value in {**line, **scores}.items():
-                if isinstance(value, int | float) and tag != "iter":
+            group = "val" if "mIoU" in line else "train"
+            values = {f"{group}/{name}": value for name, value in line.items() if name != "iter"}
+            for name in ("IoU", "Acc"):
+                values |= {f"val_{name}/{cls}": value for cls, value in line.get(name, {}).items()}
+            for tag, value in values.items():
+                if isinstance(value, int | float):
                     self.board.add_scalar(tag, value, line["iter"])
 
-    def log_losses(self, progress, sums, rate, speed, memory, last):
+    def add_pictures(self, iteration, pictures):
+        """Writes PIL images {name: image} into the folder, and into TensorBoard's file."""
+        for name, picture in pictures.items():
+            save(picture, self.path / f"{name}.png")
+            if self.board:
+                self.board.add_image(name, np.asarray(picture.convert("RGB")), iteration, dataformats="HWC")
+                self.board.flush()
+
+    def log_losses(self, progress, sums, rate, speed, memory, last, auxiliary):
         """A log line and its twin in metrics.jsonl: mean losses, speed, memory.
 
         sums: of train_step's results since the last line; rate: learning rate; speed: of Speed.read; memory: in bytes;
-        last: the last iteration
+        last: the last iteration; auxiliary: the network has an auxiliary head
         """
         *losses, counted, skipped = sums
         losses = {name: loss / counted if counted else None
-                  for name, loss in zip(("loss", "loss_main", "loss_aux"), losses, strict=True)}
+                  for name, loss in zip(("loss", "loss_main", "loss_aux")[:2 + auxiliary], losses, strict=False)}
         progress.skipped += int(skipped)
         iteration, memory = progress.iteration, memory / 2 ** 20
         self.add_metrics({"iter": iteration, "lr": rate, **losses, "skipped_steps": progress.skipped, **speed,
                           "memory": memory})
-        total, main_loss, auxiliary = (number(loss, ".4f") for loss in losses.values())
-        left = "-"
+        total, main_loss, *aux = (number(loss, ".4f") for loss in losses.values())
+        timing = left = ""  # none of an iteration that warms up
         if speed["iter_time"] is not None:
-            left = datetime.timedelta(seconds=round((last - iteration) * speed["iter_time"]))
-        self.log(f"iter {iteration}/{last}  lr {rate:.2e}  loss {total} (main {main_loss}, aux {auxiliary})  "
-                 f"{number(speed['fps'], '.2f')} images/s  iter {number(speed['iter_time'], '.3f')} s, data "
-                 f"{number(speed['data_time'], '.3f')} s  memory {memory:.0f} MiB  left {left}"
-                 + (f"  skipped steps {progress.skipped}" if progress.skipped else ""))
+            timing = "  {fps:.2f} images/s  iter {iter_time:.3f} s, data {data_time:.3f} s".format(**speed)
+            left = f"  left {datetime.timedelta(seconds=round((last - iteration) * speed['iter_time']))}"
+        self.log(f"iter {iteration}/{last}  lr {rate:.2e}  loss {total}"
+                 + (f" (main {main_loss}, aux {aux[0]})" if auxiliary else "") + timing + f"  memory {memory:.0f} MiB"
+                 + left + (f"  skipped steps {progress.skipped}" if progress.skipped else ""))
 
     def log_scores(self, iteration, scores, data, last):
         """The scores of an evaluation, in the log and in metrics.jsonl; at the end the table of classes."""
@@ -258,6 +270,12 @@ class WorkDir(contextlib.ExitStack):
             raise UserError(f"{self.record_path}: damaged ({error}); fix or delete it") from None
         with writing(self.record_path):
             write_whole(self.record_path, content)
+        if self.board:
+            from torch.utils.tensorboard.summary import hparams  # here, as the package is optional
+
+            # val/mIoU: the score of these flags in TensorBoard's table of runs
+            for part in hparams({name: str(value) for name, value in vars(args).items()}, {"val/mIoU": 0.0}):
+                self.board.file_writer.add_summary(part)
 
     def finish(self, args, progress, ranks):
         """Writes result.json and the summary, both from metrics.jsonl, and logs how to look at the run."""
@@ -280,7 +298,8 @@ class WorkDir(contextlib.ExitStack):
             "E2ETrainingTime": progress.seconds})
         rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
         self.log(f"done: {self.path / 'result.json'}: {json.dumps(rounded)}\n"
-                 f"to look at: {self.path / 'curves.png'}, {self.path / 'val_samples.png'}")
+                 "to look at: " + ", ".join(str(self.path / f"{name}.png") for name in PICTURES)
+                 + (f"; tensorboard --logdir {shlex.quote(str(self.path))}" if self.board else ""))
         if not args.performance:
             command = [sys.executable, Path(sys.argv[0]).with_name("evaluate.py"), self.best, "--data_path",
                        args.data_path, "--split", args.val_split, "--save_dir", self.path / "val"]
@@ -329,7 +348,8 @@ def start_lines(args, ranks, data, protocol, model, precision, last, origin, wor
         f"{len(data.val):,} of '{data.val.split}'" + (data.origin and f"; {data.origin}"),
         f"training: {last:,} iterations of {batch} = {images} images, {last * images / len(data.train):.1f} epochs",
         f"recipe: SGD, lr {args.lr} to {args.min_lr} by a polynomial of power {args.power}, momentum {args.momentum}, "
-        f"weight decay {args.weight_decay}; loss: main + {aux_weight} x auxiliary",
+        f"weight decay {args.weight_decay}; loss: "
+        + ("cross entropy" if model.auxiliary_head is None else f"main + {aux_weight} x auxiliary"),
         f"augmentation: fitted into {args.scale[0]}x{args.scale[1]}, times 0.5 to 2; crop {args.crop_size}, flip, "
         "photometric distortion",
         f"evaluation: images {protocol}",

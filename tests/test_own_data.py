@@ -88,10 +88,13 @@ def test_a_run_draws_its_curves_and_samples_and_tells_tensorboard(own_run):
     board = EventAccumulator(str(work_dir / "tensorboard"))
     board.Reload()
     metrics = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
-    for name in ("loss", "mIoU", "lr"):
-        expected = [(line["iter"], line[name]) for line in metrics if name in line]
-        np.testing.assert_allclose([(event.step, event.value) for event in board.Scalars(name)], expected, rtol=1e-6)
-    assert [event.step for event in board.Images("val_samples")] == [2, 4]
+    for tag in ("train/loss", "val/mIoU", "train/lr", "val_IoU/triangle"):
+        expected = [(line["iter"], line["IoU"]["triangle"] if "IoU/" in tag else line[tag.split("/")[1]])
+                    for line in metrics if ("IoU" if "IoU/" in tag else tag.split("/")[1]) in line]
+        np.testing.assert_allclose([(event.step, event.value) for event in board.Scalars(tag)], expected, rtol=1e-6)
+    assert all("/" in tag for tag in board.Tags()["scalars"])
+    for name in ("curves", "confusion", "val_samples"):
+        assert [event.step for event in board.Images(name)] == [2, 4]
     assert Image.open(work_dir / "curves.png").size == (1300, 850)
     grid = np.asarray(Image.open(work_dir / "val_samples.png").convert("RGB"))
     assert (grid == palette()[IGNORE]).all(-1).any()  # the labels' void

@@ -132,7 +132,7 @@ def test_images_of_any_shape_are_drawn(height, width):
     image, classes = noise(height, width), np.ones((height, width), np.uint8)
     assert visualize.overlay(image, classes, NAMES, colours()).height > height
     assert visualize.comparison(image, classes, classes, NAMES, colours()).width > 4 * 80
-    assert visualize.sample_grid([(image, classes, classes)], NAMES, colours(), "title").mode == "P"
+    assert visualize.sample_grid([("a", image, classes, classes)], NAMES, colours(), "title").mode == "P"
 
 
 def test_eighty_megapixels_take_less_than_a_gigabyte_more():
@@ -147,6 +147,62 @@ def test_eighty_megapixels_take_less_than_a_gigabyte_more():
     before = memory("VmRSS")
     visualize.overlay(image, classes, NAMES, colours())
     assert 0.2 < memory("VmHWM") - before < 1
+
+
+@pytest.mark.parametrize("size", ((128, 170), (300, 200), (500, 375), (375, 500), (1500, 2000)))
+@pytest.mark.parametrize("names", ([f"a class with a long name {number}" for number in range(60)],
+                                   [f"{'猫狗鳥' * (number % 3 + 1)}{number}" for number in range(60)]))
+def test_a_legend_of_sixty_classes_is_no_wider_than_the_image_and_a_third_of_the_picture(monkeypatch, size, names):
+    """What has no room is counted: all classes are named, or in that number."""
+    width, height = size
+    classes = np.random.default_rng(0).integers(0, 60, (height // 10, width // 10)).astype(np.uint8)
+    classes = np.asarray(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST))
+    drawn = texts(monkeypatch)
+    picture = visualize.overlay(noise(height, width), classes, names, colours())
+    assert picture.width == width and height < picture.height <= 1.5 * height
+    hidden = [int(text.split()[1]) for text in drawn if text.startswith("and ")]
+    frames = has(np.asarray(picture)[height:], visualize.FRAME)
+    side = visualize.font_for(names, width, height).size
+    shown = np.lib.stride_tricks.sliding_window_view(frames, side, axis=1).all(-1).sum() / 2  # upper and lower edges
+    count = len(np.unique(classes)) - 1  # the background, which has no square, may be among those counted
+    assert shown + (hidden[-1] if hidden else 0) in (count, count + 1) and shown > 1
+
+
+def test_the_background_takes_no_row_of_its_own(monkeypatch):
+    """It is left out where it would need one, but not where there is nothing else."""
+    classes = np.zeros((170, 128), np.uint8)
+    classes[:90] = 1
+    picture = visualize.overlay(noise(170, 128), classes, ("a long name", "cat"), colours())
+    assert picture.size == (128, 170 + 24)
+    drawn = texts(monkeypatch)
+    visualize.comparison(noise(20, 30), classes[90:110, :30], classes[90:110, :30], NAMES, colours())
+    assert drawn[-1] == "no colour: ground"
+
+
+@pytest.mark.parametrize("colour", ((128, 128, 128), (250, 240, 230), (20, 30, 20), (128, 0, 0)))
+def test_a_grey_or_pale_class_differs_from_an_area_of_its_own_colour(monkeypatch, colour):
+    """By a hatching, which no strip interrupts; in the legend, too. A colourful one has none."""
+    table, image = colours(), np.full((90, 120, 3), colour, np.uint8)
+    table[1] = colour
+    classes = np.zeros((90, 120), np.uint8)
+    classes[20:70, 20:100] = 1
+    picture = np.asarray(visualize.overlay(image, classes, NAMES, table)).astype(int)
+    inside = np.abs(picture[22:68, 22:98] - colour).max(-1) > 50
+    square = picture[90:].reshape(-1, 3)
+    hatched = max(colour) - min(colour) < visualize.GREYISH
+    assert 0.15 < inside.mean() < 0.35 if hatched else not inside.any()
+    assert (len(np.unique(square[(square != 255).any(-1)], axis=0)) > 3) or not hatched
+    monkeypatch.setattr(visualize, "STRIP_PIXELS", 13 * 120)
+    assert np.array_equal(np.asarray(visualize.overlay(image, classes, NAMES, table)), picture)
+
+
+def test_digits_are_drawn_where_the_font_of_the_names_has_none(install):
+    """As Debian's fonts-droid-fallback: Pillow's own font draws them, next to the names' letters."""
+    install(Sans="猫")
+    font = visualize.font_for(["猫"], 100, 100)
+    assert visualize.text_line("猫 5%", font).width == pytest.approx(
+        sum(visualize.text_line(text, font).width for text in ("猫", " 5%")) - font.size, abs=1)
+    assert not np.array_equal(ink("猫1", font), ink("猫2", font))
 
 
 # ---- comparison
@@ -196,7 +252,7 @@ def test_a_comparison_of_a_large_image_is_small_and_of_a_small_one_legible():
 # ---- grid of samples
 
 def samples(sizes):
-    """[(image, label, prediction), ...]: of one colour; a quarter of each prediction is wrong."""
+    """[(name, image, label, prediction), ...]: of one colour; a quarter of each prediction is wrong."""
     made = []
     for height, width in sizes:
         image = np.full((height, width, 3), (60, 120, 70), np.uint8)
@@ -205,52 +261,58 @@ def samples(sizes):
         prediction = label.copy()
         prediction[:, :width // 2] = 1
         label[:, -width // 4:] = IGNORE
-        made.append((image, label, prediction))
+        made.append((f"of {height} x {width}", image, label, prediction))
     return made
 
 
-def test_a_grid_is_regular_whatever_the_images_aspects():
-    """Cells have one size, from the left and the top, with each image in the middle of its own."""
+STEP = visualize.SAMPLE_BOX[0] + visualize.GAP
+TOP = 2 * visualize.TITLE + 4 * visualize.TEXT  # of the first sample: below the title, the captions and its name
+
+
+def cells_of(pixels, top, height):
+    """The four cells of a row of a grid."""
+    return [pixels[top:top + height, left:left + visualize.SAMPLE_BOX[0]] for left in range(0, 4 * STEP, STEP)]
+
+
+def test_a_grid_has_a_row_for_each_image_whatever_its_aspect():
+    """Image, label, prediction and errors: columns of one width, with each picture in the middle of its own."""
     grid = np.asarray(visualize.sample_grid(samples([(100, 120), (400, 100), (50, 600)]), NAMES, colours(),
-                                           "title").convert("RGB"))
+                                            "title").convert("RGB"))
     width, height = visualize.SAMPLE_BOX
-    step = width + visualize.GAP
-    assert grid.shape[1] == 2 * (3 * step - visualize.GAP) + 4 * visualize.GAP
-    top = 2 * visualize.TITLE + 2 * visualize.TEXT + visualize.GAP
-    for row, block, size in ((0, 0, (240, 200)), (0, 1, (50, 200)), (1, 0, (240, 20))):
-        for column in range(3):
-            left = block * (3 * step + 3 * visualize.GAP) + column * step
-            upper = top + row * (height + visualize.GAP)
-            ink = Image.fromarray(~has(grid[upper:upper + height, left:left + width], visualize.WHITE))
-            x, y, right, lower = ink.getbbox()
-            assert abs(right - x - size[0]) <= 1 and abs(lower - y - size[1]) <= 1
-            assert abs(x + right - width) <= 1 and abs(y + lower - height) <= 1
-    assert has(grid[top + height + visualize.GAP:, 3 * step + 4 * visualize.GAP:], visualize.WHITE).all()  # no fourth
+    assert grid.shape[1] == 4 * STEP - visualize.GAP
+    top = TOP
+    for size in ((198, 165), (41, 165), (220, 18)):
+        for cell in cells_of(grid, top, size[1]):
+            x, y, right, lower = Image.fromarray(~has(cell, visualize.WHITE)).getbbox()
+            assert abs(right - x - size[0]) <= 1 and (y, lower) == (0, size[1]) and abs(x + right - width) <= 1
+        top += size[1] + 2 * visualize.TEXT
+    assert size[1] < height
 
 
-def test_a_grid_shows_the_wrong_pixels_and_those_not_labelled_in_one_colour_each():
-    """These of its few colours stay exact, and no image has them."""
-    image, label, prediction = samples([(200, 240)])[0]
-    image[:] = noise(200, 240) // 8 * np.array([0, 1, 1], np.uint8) + np.array([218, 40, 28], np.uint8)
-    grid = visualize.sample_grid([(image, label, prediction)], NAMES, colours(), "title")
-    pixels, top = np.asarray(grid.convert("RGB")), 2 * visualize.TITLE + 2 * visualize.TEXT + visualize.GAP
-    cells = [pixels[top:top + 200, left:left + 240] for left in (0, 246, 492)]
-    assert np.array_equal(has(cells[2], visualize.WRONG), (label != prediction) & (label != IGNORE))
-    assert not has(cells[0], visualize.WRONG).any() and not has(cells[1], visualize.WRONG).any()
-    for cell in (cells[0], cells[2]):
+def test_a_grid_shows_the_image_the_wrong_pixels_and_those_not_labelled():
+    """The colours of these two stay exact, and no image has them. The first cell is the image, in few colours."""
+    name, image, label, prediction = samples([(165, 220)])[0]
+    image[:] = noise(165, 220) // 8 * np.array([0, 1, 1], np.uint8) + np.array([218, 40, 28], np.uint8)
+    grid = visualize.sample_grid([(name, image, label, prediction)], NAMES, colours(), "title")
+    plain, labelled, predicted, errors = cells_of(np.asarray(grid.convert("RGB")), TOP, 165)
+    assert np.abs(plain.astype(int) - image).max() < 40 and np.abs(labelled.astype(int) - image).max() > 40
+    assert np.array_equal(has(errors, visualize.WRONG), (label != prediction) & (label != IGNORE))
+    assert not any(has(cell, visualize.WRONG).any() for cell in (plain, labelled, predicted))
+    for cell in (labelled, errors):
         assert np.array_equal(has(cell, colours()[IGNORE]), label == IGNORE)
 
 
-def test_a_grid_has_its_title_captions_and_legend(monkeypatch):
+def test_a_grid_has_its_title_captions_names_and_legend(monkeypatch):
     drawn = texts(monkeypatch)
     visualize.sample_grid(samples([(50, 50)] * 3), NAMES, colours(), "iteration 1,000, mIoU 34.56")
-    assert sorted(drawn) == sorted(["iteration 1,000, mIoU 34.56", "label", "prediction", "errors", "cat",
-                                    "not labelled", "no colour: ground"])
+    assert drawn[:4] == ["photograph", "label", "prediction", "errors"] and drawn.count("of 50 x 50") == 3
+    assert sorted(set(drawn[4:])) == sorted(["of 50 x 50", "cat", "not labelled", "no colour: ground",
+                                             "iteration 1,000, mIoU 34.56"])
 
 
 def test_the_file_of_a_grid_is_a_fraction_of_a_true_colour_one(tmp_path, monkeypatch):
     made = samples([(375, 500)] * 6)
-    for number, (image, _, _) in enumerate(made):
+    for number, (_, image, _, _) in enumerate(made):
         small = Image.fromarray(noise(30, 40, number))
         image[:] = np.asarray(small.resize((500, 375), Image.Resampling.BICUBIC))
     visualize.save(visualize.sample_grid(made, NAMES, colours(), "title"), tmp_path / "few.png")
@@ -403,16 +465,53 @@ def test_a_loss_that_hardly_changes_or_touches_zero_has_a_linear_axis(monkeypatc
         assert axes["L"].get_yscale() == "linear" and axes["L"].get_ylim()[0] == 0
 
 
-def test_iou_per_class_is_shown_after_two_evaluations(monkeypatch):
+def test_iou_per_class_is_shown_from_the_first_evaluation_on(monkeypatch):
+    """With the mIoU as a line. Classes in neither labels nor predictions are counted; others have their IoU, or a text
+    if the labels have none of them."""
     first = evaluation(10, 40.0, {"ground": 90.0, "cat": 10.0, "dog": 20.0, "owl": None})
-    last = evaluation(20, 35.0, {"ground": 80.0, "cat": 12.0, "dog": 11.0, "owl": None})
-    axes, _ = drawn_axes(monkeypatch, [evaluation(5, 1.0), first])
+    last = {**evaluation(20, 35.0, {"ground": 80.0, "cat": 0.0, "dog": 0.0, "owl": None}),
+            "Acc": {"ground": 99.0, "cat": 0.0, "dog": None, "owl": None}}
+    axes, _ = drawn_axes(monkeypatch, [evaluation(5, 1.0)])
     assert "C" not in axes
+    axes, _ = drawn_axes(monkeypatch, [first])
+    assert [bar.get_width() for bar in axes["C"].patches] == [10, 20, 90]
+    assert [set(line.get_xdata()) for line in axes["C"].get_lines()] == [{40.0}]
     axes, _ = drawn_axes(monkeypatch, [first, last])
-    assert [label.get_text() for label in axes["C"].get_yticklabels()] == ["owl", "dog", "cat", "ground"]
-    assert [bar.get_width() for bar in axes["C"].patches] == [0, 11, 12, 80]
-    assert [text.get_text() for text in axes["C"].texts] == ["absent", "11.0", "12.0", "80.0"]
-    assert list(axes["C"].get_lines()[0].get_xdata())[1:] == [20, 10, 90] and "10" in axes["C"].get_xlabel()
+    assert [label.get_text() for label in axes["C"].get_yticklabels()] == ["cat", "dog", "ground"]
+    assert [bar.get_width() for bar in axes["C"].patches] == [0, 0, 80]
+    assert [text.get_text() for text in axes["C"].texts] == ["0.0", "not in labels", "80.0"]
+    marks, miou = axes["C"].get_lines()
+    assert list(marks.get_xdata()) == [10, 20, 90] and set(miou.get_xdata()) == {35.0}
+    assert "iteration 10" in axes["C"].get_xlabel() and "1 of 4 classes: neither" in axes["C"].get_xlabel()
+    assert [text.get_text() for text in axes["C"].get_legend().get_texts()] == ["mIoU 35.00"]
+
+
+@pytest.mark.parametrize("count", (2, 21, 60))
+def test_a_confusion_matrix_shows_each_labels_pixels_in_per_cent(monkeypatch, count):
+    """Rows of present classes, normalised by hand; one class is predicted alone, one is in neither."""
+    from matplotlib.figure import Figure
+    rng, add, axes = np.random.default_rng(count), Figure.add_axes, []
+    confusion = rng.integers(1, 1000, (count + 2, count + 2))
+    confusion[count], confusion[count + 1], confusion[:, count + 1] = 0, 0, 0
+    names = [f"class {number}" for number in range(count + 2)]
+    monkeypatch.setattr(Figure, "add_axes", lambda *args: (axes.append(add(*args)), axes[-1])[1])
+    picture = visualize.draw_confusion(confusion.tolist(), names)
+    monkeypatch.undo()
+    assert [label.get_text() for label in axes[0].get_xticklabels()] == names[:-1]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == [
+        *names[:-2], f"{names[-2]} (not in labels)"]
+    shown = np.asarray(axes[0].images[0].get_array())
+    np.testing.assert_allclose(shown[:count].sum(1), 100)
+    np.testing.assert_allclose(shown[:count], 100 * confusion[:count, :count + 1] / confusion[:count].sum(1)[:, None])
+    assert not shown[count].any()
+    for text in axes[0].texts:
+        column, row = text.get_position()
+        assert text.get_text() == f"{shown[row, column]:.0f}" and shown[row, column] >= 0.5
+    assert 350 < min(picture.size) and max(picture.size) < 2600
+
+
+def test_a_confusion_matrix_of_nothing_is_drawn():
+    assert visualize.draw_confusion(np.zeros((4, 4), int), NAMES).width > 200
 
 
 def test_of_two_hundred_classes_the_best_and_the_worst_are_shown(monkeypatch):

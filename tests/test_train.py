@@ -33,14 +33,14 @@ def no_pictures():
 def test_files_and_log_lines(finished):
     work_dir, output = finished
     assert sorted(p.name for p in work_dir.iterdir()) == [
-        ".lock", "FCN_bs2_1p_acc.log", "ckpt", "curves.png", "metrics.jsonl", "result.json", "run.json", "train_0.log",
-        "val_samples.png"]
+        ".lock", "FCN_bs2_1p_acc.log", "ckpt", "confusion.png", "curves.png", "metrics.jsonl", "result.json",
+        "run.json", "train_0.log", "val_samples.png"]
     assert sorted(p.name for p in (work_dir / "ckpt").iterdir()) == [
         "best.pth", "iter_3.pth", "iter_6.pth", "iter_8.pth", "latest.pth"]  # that of 5 was saved as latest.pth only
     assert (work_dir / "train_0.log").read_text() == output
     for words in (r"tiny, 158,711 parameters, from random weights", r"1 x cpu", r"12 images of 'trainaug'",
                   r"8 iterations of 1 x 2 = 2 images, 1.3 epochs",
-                  r"iter 8/8  lr \S+  loss [\d.]+ \(main [\d.]+, aux 0.0000\)  "
+                  r"iter 8/8  lr \S+  loss [\d.]+  "
                   r"[\d.]+ images/s  iter [\d.]+ s, data [\d.]+ s  memory \d+ MiB  left 0:00:00"):
         assert re.search(words, output), words
 
@@ -48,17 +48,18 @@ def test_files_and_log_lines(finished):
 def test_the_start_of_a_run_logs_its_recipe(finished, drawn_voc, tmp_path, no_pictures):
     """Optimizer, schedule, losses and augmentation, with the numbers of the flags."""
     flags = ("--lr", 0.02, "--min_lr", 0.003, "--power", 0.7, "--momentum", 0.8, "--weight_decay", 0.0006,
-             "--crop_size", 32, "--scale", 192, 48, "--max_iters", 1)
+             "--crop_size", 32, "--scale", 192, 48, "--max_iters", 1, "--backbone", "tiny_d8")
     other = train(drawn_voc, tmp_path / "run", *flags).stdout
     assert (tmp_path / "run/train_0.log").read_text() == other
     for output, recipe, augmentation in (
-            (finished[1], ("0.01", "0.0001", "0.9", "0.9", "0.0005", "0.4"), ("256x64", "0.5", "2", "64")),
+            (finished[1], ("0.01", "0.0001", "0.9", "0.9", "0.0005"), ("256x64", "0.5", "2", "64")),
             (other, ("0.02", "0.003", "0.7", "0.8", "0.0006", "0.4"), ("192x48", "0.5", "2", "32"))):
         before_training = output[:output.index("\niter 1/")].splitlines()
         lines = {line.split(": ")[0]: line for line in before_training}
         assert sorted(re.findall(r"\d+\.\d+", lines["recipe"])) == sorted(recipe)
         assert re.findall(r"\d+x\d+|[\d.]+", lines["augmentation"]) == list(augmentation)
-        assert all(word in lines["recipe"] for word in ("SGD", "momentum", "weight decay", "polynomial", "auxiliary"))
+        assert all(word in lines["recipe"] for word in ("SGD", "momentum", "weight decay", "polynomial"))
+        assert ("auxiliary" in lines["recipe"]) == (output is other)  # tiny has no such head
         assert all(word in lines["augmentation"] for word in ("crop", "flip", "photometric distortion"))
 
 
