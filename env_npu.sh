@@ -78,6 +78,22 @@ evaluation() {  # ARGUMENT...
         echo --val_scale 512 512 --pad_to 512
 }
 
+# Becomes evaluate.py, for the latest checkpoint in --work_dir. evaluate.py has neither that flag nor --val.
+evaluate_latest() {  # FOLDER-OF-EVALUATE.PY DEFAULT-WORK-DIR ARGUMENT...
+    local here=$1 work_dir flags=()
+    work_dir=$(value_of work_dir "$2" "${@:3}")
+    shift 2
+    while (($#)); do
+        case $1 in
+            --val | --work[_-]dir=*) ;;
+            --work[_-]dir) shift $(($# > 1)) ;;
+            *) flags+=("$1") ;;
+        esac
+        shift
+    done
+    exec "$python" "$here/evaluate.py" "$work_dir/ckpt/latest.pth" "${flags[@]}"
+}
+
 amp() {  # ARGUMENT...: prints --amp unless train.py will run on a CPU without --opt_level (which needs --amp)
     case $(value_of device auto "$@")$(value_of opt_level '' "$@") in
         cpu) return 0 ;;

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from files import check_no_overlap, output_file
-from transforms import normalise
+from transforms import CAFFE_MEAN, MEAN, STD, normalise
 from weights import Checkpoint, add_network_flags
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -35,7 +35,7 @@ def main(args):
     checkpoint = Checkpoint.read(args.checkpoint, args.backbone, args.at_once)
     network = WithPreparation(checkpoint.network()).eval()
     traced, others = ((1, *args.size), ()) if args.size else (TRACED, OTHERS)
-    content = as_onnx(network, checkpoint.names() or (), traced, dynamic=bool(others))
+    content = as_onnx(network, metadata(checkpoint), traced, dynamic=bool(others))
     difference = max(onnx_difference(network, content, shape) for shape in (traced, *others))
     if not difference <= TOLERANCE:
         raise UserError(f"{args.file}: not written, as ONNX Runtime's logits differ from PyTorch's by "
@@ -59,10 +59,22 @@ class WithPreparation(torch.nn.Module):
         return self.model(normalise(images, self.model.form))["out"]
 
 
-def as_onnx(network, names, shape, dynamic):
+def metadata(checkpoint):
+    """What an engine must know to label an image, {name: text}; docs/evaluation.md has the list."""
+    channels, mean, std = ("RGB", MEAN, STD) if checkpoint.form == "unpadded" else ("BGR", CAFFE_MEAN, (1, 1, 1))
+    numbers = {"scale": checkpoint.scale() or (), "mean": mean, "std": std}
+    colours = checkpoint.colours()[:checkpoint.num_classes].tolist()
+    names = "\n".join(checkpoint.names() or ())
+    return {"classes": names.encode(errors="backslashreplace").decode(),
+            "colours": "\n".join(" ".join(map(str, colour)) for colour in colours),
+            **{name: " ".join(map(str, values)) for name, values in numbers.items()}, "channels": channels,
+            "pad_to": str(checkpoint.meta.get("args", {}).get("pad_to") or "")}
+
+
+def as_onnx(network, properties, shape, dynamic):
     """The network as an ONNX file: bytes. Traced on images of a shape (batch, height, width); `dynamic`: takes any.
 
-    The file's metadata have the names of the classes under `classes`, one a line.
+    properties: the file's metadata
     """
     import onnx  # here, as nothing else needs it
     axes, buffer = {0: "batch", 2: "height", 3: "width"} if dynamic else {}, io.BytesIO()
@@ -74,7 +86,7 @@ def as_onnx(network, names, shape, dynamic):
     file = onnx.load_from_string(buffer.getvalue())
     # The exporter may name this axis, too, after an operator.
     file.graph.output[0].type.tensor_type.shape.dim[1].dim_value = network.model.num_classes
-    onnx.helper.set_model_props(file, {"classes": "\n".join(names).encode(errors="backslashreplace").decode()})
+    onnx.helper.set_model_props(file, properties)
     return file.SerializeToString()
 
 

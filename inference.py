@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import visualize
 from amp import AMP_DTYPES, convolutions, name_of
 from cli import MAX_SIDE, UserError, number
 from device import choose_device, place
@@ -160,22 +161,40 @@ class Predictor:
 
         -> its class map, NumPy uint8 [H, W]
         """
-        if isinstance(photograph, Image.Image):
-            photograph = np.array(to_rgb(ImageOps.exif_transpose(photograph)))
-        if isinstance(photograph, np.ndarray):
-            if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3:
-                raise UserError(f"an array is uint8 [H, W, 3], not {photograph.dtype} {list(photograph.shape)}")
-            image = torch.from_numpy(photograph).permute(2, 0, 1)
-        else:
-            image = read_image(Path(photograph))
-        return classify(self.model, image, self.protocol, self.device)
+        return classify(self.model, image_of(photograph), self.protocol, self.device)
+
+    def overlay(self, photograph):
+        """The photograph under the class colours, with a legend: a PIL image, as `predict.py --overlay` writes it."""
+        image = image_of(photograph)
+        classes = classify(self.model, image, self.protocol, self.device)
+        return visualize.overlay(image.permute(1, 2, 0).numpy(), classes, self.names, self.colours)
+
+    def probabilities(self, photograph):
+        """The probability of each class in each pixel: NumPy float16 [C, H, W].
+
+        It takes 500 MB for 12 megapixels and 21 classes, and is computed in strips, so that the peak is little higher.
+        """
+        return classify(self.model, image_of(photograph), self.protocol, self.device, probabilities)
 
 
-def classify(model, image, protocol, device):
-    """The class map of one image: uint8 NumPy [H, W]. `model` is in evaluation mode."""
+def image_of(photograph):
+    """What a Predictor takes as uint8 [3, H, W], RGB. Raises UserError if there is none."""
+    if isinstance(photograph, Image.Image):
+        photograph = np.array(to_rgb(ImageOps.exif_transpose(photograph)))
+    if isinstance(photograph, np.ndarray):
+        if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3:
+            raise UserError(f"an array is uint8 [H, W, 3], not {photograph.dtype} {list(photograph.shape)}")
+        return torch.from_numpy(photograph).permute(2, 0, 1)
+    if not Path(photograph).exists():
+        raise UserError(f"{photograph}: there is no such photograph; give a file, a PIL image or an array")
+    return read_image(Path(photograph))
+
+
+def classify(model, image, protocol, device, answer=None):
+    """The class map of one image: uint8 NumPy [H, W]; or another `answer`. `model` is in evaluation mode."""
     protocol.check([tuple(image.shape[1:])])
     scaled = [fit_into(image, scale).permute(1, 2, 0)[None].contiguous() for scale in protocol.scales()]
-    return class_maps(model, scaled, image.shape[1:], protocol, device)[0].cpu().numpy()
+    return answers(model, scaled, image.shape[1:], protocol, device, answer or class_map)[0].cpu().numpy()
 
 
 def evaluate(model, batches, protocol, ranks, each=None, total=None):
@@ -190,7 +209,7 @@ def evaluate(model, batches, protocol, ranks, each=None, total=None):
     confusion = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64, device=device)
     with tqdm(total=total, desc="evaluating", unit="image", leave=False, disable=None) as progress:
         for indices, (scaled, labels) in batches:
-            predictions = class_maps(model, scaled, labels.shape[1:], protocol, device)
+            predictions = answers(model, scaled, labels.shape[1:], protocol, device, class_map)
             labels = labels.to(device, non_blocking=True)
             for index, label, prediction in zip(indices, labels, predictions, strict=True):
                 confusion += confusion_matrix(label, prediction, model.num_classes)
@@ -201,13 +220,13 @@ def evaluate(model, batches, protocol, ranks, each=None, total=None):
     return ranks.sum(confusion).cpu().numpy()
 
 
-def class_maps(model, scaled, size, protocol, device):
-    """The class maps of images of one size: a list of uint8 [*size], on the device.
+def answers(model, scaled, size, protocol, device, answer):
+    """`answer`, class_map or probabilities, for each image of some of one size, as a list.
 
     scaled: for each scale of the protocol the images, uint8 [N, h, w, 3]
     """
     views = [view for images in scaled for view in predict(model, images.to(device, non_blocking=True), protocol)]
-    return [class_map([view[i] for view in views], tuple(size)) for i in range(len(scaled[0]))]
+    return [answer([view[i] for view in views], tuple(size)) for i in range(len(scaled[0]))]
 
 
 @torch.inference_mode()
@@ -251,20 +270,33 @@ def slide_windows(model, inputs, crop, stride):
 
 @torch.inference_mode()
 def class_map(views, size):
-    """The most likely class of each pixel: logits [C, h, w] -> uint8 [*size]; of several, by the mean of their softmax.
+    """The most likely class of each pixel: logits [C, h, w] -> uint8 [*size]. Several: by the mean of their softmax."""
+    # Of the first maximum, as argmax, which is slow on a CPU.
+    return torch.cat([scores.max(0).indices.byte() for _, scores in strips(views, size)])
+
+
+@torch.inference_mode()
+def probabilities(views, size):
+    """The mean softmax of logits [C, h, w]: float16 [C, *size], on the CPU."""
+    found = torch.empty(len(views[0]), *size, dtype=torch.float16)
+    for top, scores in strips(views, size):
+        found[:, top:top + scores.shape[1]] = scores / len(views) if len(views) > 1 else scores.softmax(0)
+    return found
+
+
+def strips(views, size):
+    """Yields (first row, scores [C, rows, size[1]]) of strips of an image: logits, or the sum of the views' softmax.
 
     The logits are enlarged bilinearly (align_corners=False) strip by strip, as those of a large photograph at its
     original size would not fit into memory.
     """
     strip = max(1, STRIP_VALUES // (views[0].shape[0] * size[1]))
-    parts = []
     for top in range(0, size[0], strip):
         rows = torch.arange(top, min(top + strip, size[0]), device=views[0].device)
         scores = enlarge_rows(views[0], rows, size)
         if len(views) > 1:
             scores = sum((enlarge_rows(view, rows, size).softmax(0) for view in views[1:]), scores.softmax(0))
-        parts.append(scores.max(0).indices.byte())  # of the first, as argmax, which is slow on a CPU
-    return torch.cat(parts)
+        yield top, scores
 
 
 def enlarge_rows(logits, rows, size):

@@ -15,14 +15,4 @@ find_python "$here/requirements.txt" numpy scipy PIL tqdm matplotlib
 set -- --device "$(if has_npu; then echo npu; else echo cuda; fi)" --device_list 0,1,2,3,4,5,6,7 "$@"
 if [[ " $* " != *" --val "* ]]; then exec "$python" "$here/train.py" $(amp "$@") $(evaluation "$@") "$@"; fi
 
-work_dir=$(value_of work_dir "output/$(value_of device_list '' "$@")/FCN" "$@")
-flags=()  # of evaluate.py, which has no --work_dir
-while (($#)); do
-    case $1 in
-        --val | --work[_-]dir=*) ;;
-        --work[_-]dir) shift $(($# > 1)) ;;
-        *) flags+=("$1") ;;
-    esac
-    shift
-done
-exec "$python" "$here/evaluate.py" "$work_dir/ckpt/latest.pth" "${flags[@]}"
+evaluate_latest "$here" "output/$(value_of device_list '' "$@")/FCN" "$@"

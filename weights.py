@@ -38,6 +38,7 @@ RUN = {"meta": {"args": dict, "ranks": int, "digests": {"train": str, "val": str
                     "sums": (FLOAT,) * 5, "skipped": COUNT, "seconds": FLOAT}}
 BN_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 KEYS_SHOWN = 3
+INSTEAD = "give the file with --pretrained FILE, or start from random weights with --pretrained none"
 
 
 def add_network_flags(parser):
@@ -63,17 +64,19 @@ class Checkpoint:
     training: dict | None  # TRAINING_STATE, if it holds all of that
 
     @classmethod
-    def read(cls, source, backbone=None, at_once=False):
+    def read(cls, source, backbone=None, at_once=False, instead="give the file with --backbone {}"):
         """Reads a file, or downloads the published network of that name.
 
         backbone: which one it is of, where the file does not say
         at_once: they are torchfcn's FCN8sAtOnce, whose keys are FCN8s's; `arch` or the file's name tell it, too
+        instead: what to do with a file that could not be downloaded; {} is its backbone
         Raises UserError for what is not there, damaged, unsafe, or of another backbone.
         """
         source = str(source)
         theirs, url = published().get(source, (None, None))
+        check_backbone(source, theirs, backbone)
         content = read_file(source) if url is None else download(
-            url, f"the weights {source}", f"fetch {url} elsewhere and give the file with --backbone {theirs}")
+            url, f"the weights {source}", instead.format(theirs))
         weights = next((content[key] for key in ("state_dict", "model_state_dict")
                         if isinstance(content.get(key), dict)), content)
         state = {str(key).removeprefix("module."): value for key, value in weights.items()
@@ -83,8 +86,7 @@ class Checkpoint:
         name = theirs or meta.get("backbone") or ("vgg16" if TORCHFCNS <= state.keys() else backbone)
         if name is None:
             raise UserError(f"{source}: does not say which backbone it is of; add --backbone")
-        if backbone not in (None, name):
-            raise UserError(f"{source}: is of backbone {name}, not {backbone}; use --backbone {name}")
+        check_backbone(source, name, backbone)
         state, form, kind = recognise(source, content, state, meta, name, at_once)
         num_classes = next((state[key].shape[0] for key in CLASS_LAYERS if key in state), None)
         training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
@@ -183,6 +185,12 @@ def fits(value, form):
     return isinstance(value, int) and value in form if isinstance(form, range) else isinstance(value, form)
 
 
+def check_backbone(source, backbone, wanted):
+    """Raises UserError if weights are of another backbone than the wanted one. None: not known, any."""
+    if None not in (backbone, wanted) and backbone != wanted:
+        raise UserError(f"{source}: is of backbone {backbone}, not {wanted}; use --backbone {backbone}")
+
+
 def upgraded(meta):
     """The meta of a checkpoint of version 2.0.0 in today's form; to drop in a later version."""
     if "recipe" not in meta:
@@ -222,11 +230,10 @@ def load_start(model, pretrained, at_once, classes):
     if pretrained == "none":
         return "random weights"
     if pretrained != "imagenet":
-        return Checkpoint.read(pretrained, name, at_once).start(model, classes)
+        return Checkpoint.read(pretrained, name, at_once, INSTEAD).start(model, classes)
     if BACKBONES[name].imagenet is None:
         raise UserError(f"there are no ImageNet weights of {name}; add --pretrained none, or a FILE")
-    content = download(BACKBONES[name].imagenet, f"the ImageNet weights of {name}",
-                       "give a file with --pretrained FILE, or start from random weights with --pretrained none")
+    content = download(BACKBONES[name].imagenet, f"the ImageNet weights of {name}", INSTEAD)
     state = model.backbone.from_imagenet(content.get("state_dict", content))
     load_exactly(model.backbone, state, f"ImageNet weights of {name}")
     return "ImageNet weights"
@@ -237,7 +244,7 @@ def download(url, what, instead):
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except OSError as error:
-        raise UserError(f"{what} cannot be downloaded ({error}); {instead}") from None
+        raise UserError(f"{what} cannot be downloaded ({error}); fetch {url} elsewhere and {instead}") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"the download of {what} is damaged ({first_line(error)}); delete it in "
                         f"{torch.hub.get_dir()}/checkpoints and try again") from None

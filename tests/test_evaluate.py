@@ -10,6 +10,7 @@ from conftest import ROOT, error_line, run, train, untrained_checkpoint
 from PIL import Image
 
 import inference
+from cli import UserError
 from data import one_size_batches, val_batches
 from device import Ranks
 from fcn8s import FCN8s
@@ -209,6 +210,44 @@ def test_three_lines_of_python_label_a_photograph(tmp_path, drawn_voc):
         for same in (str(path), image, np.array(image), image.convert("RGBA")):
             assert np.array_equal(predictor(same), classes)
     assert predictor.names == CLASSES and predictor.colours.shape == (256, 3)
+
+
+def test_a_predictor_gives_the_picture_of_predict(tmp_path, drawn_voc):
+    """The overlay that predict.py writes, before the JPEG's compression."""
+    checkpoint = untrained_checkpoint(tmp_path / "net.pth", CLASSES)
+    path = drawn_voc / "JPEGImages/drawn_val_0000.jpg"
+    run(ROOT / "predict.py", checkpoint, path, "--save_dir", tmp_path, "--overlay", "--device", "cpu")
+    with Image.open(tmp_path / "overlay/drawn_val_0000.jpg") as written:
+        picture = Predictor(checkpoint, device="cpu").overlay(path)
+        assert picture.mode == "RGB" and picture.size == written.size
+        assert np.abs(np.asarray(picture).astype(int) - np.asarray(written)).mean() < 10
+
+
+@pytest.mark.parametrize("flip", (False, True))
+def test_probabilities_are_the_mean_softmax_whatever_the_strips(tmp_path, drawn_voc, monkeypatch, flip):
+    """Compared with PyTorch's own resizing of the same logits; the likeliest class is that of the class map."""
+    checkpoint = untrained_checkpoint(tmp_path / "net.pth", CLASSES)
+    predictor = Predictor(checkpoint, device="cpu", protocol=Protocol(flip=flip))
+    path = drawn_voc / "JPEGImages/drawn_val_0000.jpg"
+    monkeypatch.setattr(inference, "STRIP_VALUES", 21 * 160 * 13)
+    found, classes = predictor.probabilities(path), predictor(path)
+    image = inference.fit_into(inference.read_image(path), (96, 64)).permute(1, 2, 0)[None]
+    views = inference.predict(predictor.model, image, predictor.protocol)
+    expected = sum(F.interpolate(view, classes.shape, mode="bilinear", align_corners=False)[0].softmax(0)
+                   for view in views) / len(views)
+    assert len(views) == 1 + flip and found.dtype == np.float16 and found.shape == (21, *classes.shape)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert np.abs(found.astype(np.float32).sum(0) - 1).max() < 0.01
+    likeliest = np.take_along_axis(found, classes[None].astype(int), 0)[0]
+    assert np.array_equal(likeliest, found.max(0))  # also where float16 rounds two to one value
+
+
+@pytest.mark.parametrize("use", (Predictor.__call__, Predictor.overlay, Predictor.probabilities))
+def test_a_photograph_that_is_not_there_is_no_matter_of_lists(tmp_path, use):
+    predictor = Predictor(untrained_checkpoint(tmp_path / "net.pth", CLASSES), device="cpu")
+    with pytest.raises(UserError, match=r"^nope.jpg: there is no such photograph") as caught:
+        use(predictor, "nope.jpg")
+    assert "list" not in str(caught.value)
 
 
 def test_no_label_or_photograph_is_ever_overwritten(checkpoint, own_drawn_voc, tmp_path):

@@ -1,4 +1,6 @@
 """export.py: the ONNX file is the network, at any size or at one; what is missing is said, and nothing left behind."""
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -6,10 +8,13 @@ import onnx
 import pytest
 import torch
 from conftest import ROOT, error_line, run, untrained_checkpoint
+from PIL import Image
 
 from export import WithPreparation, as_onnx, onnx_difference
 from fcn8s import BACKBONES, Backbone, FCN8s, ResNet
 from transforms import prepare
+from voc import CLASSES
+from weights import Checkpoint
 
 EXPORT = ROOT / "export.py"
 ANIMALS = ("ground", "猫", "sheep dog", "owl")
@@ -61,12 +66,46 @@ def test_the_difference_is_relative_to_the_largest_logit_however_small_that_is()
     network = WithPreparation(FCN8s(3, "tiny")).eval()
     score = network.model.decode_head.score_fr
     torch.nn.init.normal_(score.weight, std=1e-4)
-    content = as_onnx(network, ("a", "b", "c"), (1, 32, 40), dynamic=False)
+    content = as_onnx(network, {}, (1, 32, 40), dynamic=False)
     assert onnx_difference(network, content, (1, 32, 40)) < 1e-4
     with torch.no_grad():
         score.weight *= 1.25
         score.bias *= 1.25
     assert onnx_difference(network, content, (1, 32, 40)) == pytest.approx(0.2, abs=1e-3)
+
+
+@pytest.mark.parametrize("portrait", (False, True))
+def test_the_lines_of_the_page_label_a_photograph_as_predict_does(real_voc, tmp_path, monkeypatch, portrait):
+    """With the metadata alone: every pixel, and the colours, of a real photograph."""
+    ids = (real_voc / "ImageSets/Segmentation/val.txt").read_text().split()
+    photographs = [real_voc / f"JPEGImages/{image_id}.jpg" for image_id in ids]
+    photograph = next(path for path in photographs if (Image.open(path).height > Image.open(path).width) == portrait)
+    shutil.copy(photograph, tmp_path / "photo.jpg")
+    checkpoint = untrained_checkpoint(tmp_path / "net.pth", CLASSES)  # its scale is 96 x 64
+    run(EXPORT, checkpoint, tmp_path / "model.onnx")
+    run(ROOT / "predict.py", checkpoint, tmp_path / "photo.jpg", "--save_dir", tmp_path / "out", "--device", "cpu")
+    lines, = re.findall(r"```python\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    ours, theirs = Image.open("labels.png"), Image.open("out/photo.png")
+    assert np.array_equal(ours, theirs) and len(np.unique(ours)) > 3
+    assert np.array_equal(ours.convert("RGB"), theirs.convert("RGB"))
+
+
+def test_the_metadata_say_how_the_network_takes_an_image(tmp_path):
+    """torchfcn's form of vgg16 takes BGR and divides by nothing; a padding is that of the training's evaluation."""
+    import export
+    checkpoint = Checkpoint.read(untrained_checkpoint(tmp_path / "net.pth", ANIMALS))
+    found = export.metadata(checkpoint)
+    assert found == {"classes": "\n".join(ANIMALS), "scale": "96 64",
+                     "colours": "200 0 5\n200 10 5\n200 20 5\n200 30 5",
+                     "mean": "123.675 116.28 103.53", "std": "58.395 57.12 57.375", "channels": "RGB", "pad_to": ""}
+    checkpoint.meta["args"] = {"pad_to": 96}
+    del checkpoint.meta["scale"]
+    checkpoint.form = "padded"
+    found = export.metadata(checkpoint)
+    assert (found["mean"], found["std"]) == ("104.00699 116.66877 122.67892", "1 1 1")
+    assert (found["channels"], found["scale"], found["pad_to"]) == ("BGR", "", "96")
 
 
 def test_an_export_says_what_is_missing_and_leaves_nothing(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 from unittest import mock
 
@@ -138,6 +139,19 @@ def test_a_published_network_is_a_start_by_its_name(monkeypatch, own_data, tmp_p
             assert start in record["starts"][0]["start"]
         else:
             assert "the download of the weights tiny_voc is damaged" in done.stderr
+
+
+@pytest.mark.parametrize("name, code", (
+    ("cli", "import torch; torch.hub.load(sys.argv[1], 'fcn8s', 'a.pth', source='local')"),
+    ("weights", "import torch; torch.hub.load(sys.argv[1], 'fcn8s', 'a.pth', source='local')"),
+    ("cli", "sys.path.append(sys.argv[1]); import inference"),
+    ("device", "sys.path.append(sys.argv[1]); import inference")))
+def test_a_module_of_another_program_in_the_way_is_named(tmp_path, name, code):
+    (tmp_path / f"{name}.py").write_text("")
+    command = f"import sys; sys.path.insert(0, ''); import {name}; {code}"
+    done = subprocess.run([sys.executable, "-c", command, ROOT], cwd=tmp_path, capture_output=True, text=True)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode and line.startswith("ImportError") and str(tmp_path / f"{name}.py") in line
 
 
 def test_torch_hub_loads_networks_with_their_weights(tmp_path):

@@ -36,7 +36,7 @@ def labelme_export(drawn_voc, tmp_path_factory):
     for name in ("JPEGImages", "SegmentationClass", "SegmentationClassPNG", "ImageSets/Segmentation"):
         (folder / name).mkdir(parents=True)
     to_own = np.full(256, IGNORE, np.uint8)
-    to_own[[0, 1, 3, 7]] = 0, 1, 2, 3
+    to_own[[0, 1, 2, 4]] = 0, 1, 2, 3  # of draw_voc.SHAPES
     ids = sorted(path.stem for path in (drawn_voc / "SegmentationClass").iterdir())
     for image_id in ids:
         shutil.copy(drawn_voc / f"JPEGImages/{image_id}.jpg", folder / f"JPEGImages/my {image_id}.jpg")

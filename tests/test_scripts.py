@@ -94,6 +94,15 @@ def test_run_8p_says_that_it_takes_a_list_of_devices(flags, tmp_path):
     assert "takes --device_list=0,1,.." in done.stderr and "run_1p.sh --device_id=N" in done.stderr
 
 
+@pytest.mark.parametrize("flags, folder", (
+    ((), "output/0/FCN"), (("--work_dir=runs/a",), "runs/a"), (("--work-dir", "runs/a"), "runs/a"),
+    (("--device_id=3",), "output/3/FCN")))
+def test_run_1p_val_scores_the_latest_checkpoint(command, flags, folder):
+    passed_on = [flag for flag in flags if "id" in flag]
+    assert command("run_1p.sh", *flags, "--val", "--data_path", "data", "--split=val") == [
+        "evaluate.py", f"{folder}/ckpt/latest.pth", *passed_on, "--data_path", "data", "--split=val"]
+
+
 def test_run_1p_without_data_shows_every_command(command):
     words = command("run_1p.sh", "--device", "cpu", "--work-dir=w")
     scripts = [word for i, word in enumerate(words) if words[i - 1] == "python" and word.endswith(".py")]

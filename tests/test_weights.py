@@ -152,6 +152,25 @@ def test_no_network_is_one_line_and_leaves_no_folder(drawn_voc, tmp_path):
     assert "cannot be downloaded" in line and "--pretrained none" in line and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command, hint", (
+    ("train", "and give the file with --pretrained FILE, or start from random weights with --pretrained none"),
+    ("predict", "and give the file with --backbone resnet50_d8")))
+def test_a_published_network_without_a_connection_names_its_url_and_what_to_do(drawn_voc, tmp_path, command, hint):
+    flags = {"train": (*train_flags(drawn_voc, tmp_path / "run"), "--backbone", "resnet50_d8", "--pretrained",
+                       "resnet50_d8_voc"),
+             "predict": ("resnet50_d8_voc", drawn_voc / "JPEGImages", "--save_dir", tmp_path / "run")}[command]
+    done = run(ROOT / f"{command}.py", *flags, status=1,
+               env={"TORCH_HOME": str(tmp_path / "hub"), "https_proxy": "http://127.0.0.1:9"})
+    line, = [line for line in done.stderr.splitlines() if not line.startswith("Downloading: ")]
+    assert f"fetch {BACKBONES['resnet50_d8'].voc} elsewhere {hint}" in line
+
+
+def test_a_published_network_of_another_backbone_is_refused_before_its_download(drawn_voc, tmp_path, monkeypatch):
+    monkeypatch.setattr("weights.download", lambda *args: pytest.fail("it downloads"))
+    line = error_line(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), "--pretrained", "resnet50_d8_voc")
+    assert line.endswith("resnet50_d8_voc: is of backbone resnet50_d8, not tiny; use --backbone resnet50_d8")
+
+
 def test_the_urls_of_the_table_are_torchvisions():
     for name, published_weights in (("resnet50", torchvision.models.ResNet50_Weights.IMAGENET1K_V1),
                                     ("vgg16", torchvision.models.VGG16_Weights.IMAGENET1K_V1)):

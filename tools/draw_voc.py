@@ -1,5 +1,5 @@
 """Draws a small data set in VOC's layout, with an SBD part, for those who have no VOC at hand:
-`python tools/draw_voc.py DIR` makes DIR/VOCdevkit/VOC2012 and DIR/VOCdevkit/VOCaug.
+`python tools/draw_voc.py DIR` makes DIR/VOCdevkit/VOC2012, with class names of its own, and DIR/VOCdevkit/VOCaug.
 
 Shapes on textured backgrounds; each class is one shape in one family of colours, with a void boundary around it, as in
 VOC. Of the SBD ids some are in VOC's train and val, so that convert_voc_aug.py has something to exclude.
@@ -11,9 +11,9 @@ import numpy as np
 import scipy.io
 from PIL import Image, ImageDraw, ImageFilter
 
-# VOC's class index: (name of its drawing below, colour)
-SHAPES = {1: ("triangle", (70, 110, 220)), 3: ("star", (235, 200, 60)), 5: ("bar", (60, 170, 80)),
-          7: ("disc", (215, 60, 60)), 20: ("square", (160, 80, 190))}
+# The classes 1, 2, ... and their colours; class 0 is the background
+SHAPES = {"triangle": (70, 110, 220), "star": (235, 200, 60), "bar": (60, 170, 80), "disc": (215, 60, 60),
+          "square": (160, 80, 190)}
 VOID = 255
 VOID_WIDTH = 2  # pixels
 COUNTS = {"train": 48, "val": 24, "sbd": 48}
@@ -42,15 +42,15 @@ def draw(rng):
     width, height = rng.integers(*SIDES, 2)
     pixels, label = texture(rng, width, height), Image.new("L", (width, height))
     for _ in range(rng.integers(1, 4)):
-        index = int(rng.choice(list(SHAPES)))
-        kind, colour = SHAPES[index]
+        index = int(rng.choice(len(SHAPES)))
+        kind, colour = list(SHAPES.items())[index]
         radius = rng.uniform(0.18, 0.4) * min(width, height)
         corners = outline(kind, (rng.uniform(0, width), rng.uniform(0, height)), radius, rng.uniform(0, 2 * np.pi))
         mask = Image.new("L", (width, height))
         ImageDraw.Draw(mask).polygon(corners, fill=1)
         shade = np.array(colour) * rng.uniform(0.8, 1.15) + rng.normal(0, 12, (height, width, 1))
         pixels = np.where(np.asarray(mask)[..., None] == 1, shade, pixels)
-        ImageDraw.Draw(label).polygon(corners, fill=index)
+        ImageDraw.Draw(label).polygon(corners, fill=index + 1)
         ImageDraw.Draw(label).line([*corners, corners[0]], fill=VOID, width=VOID_WIDTH)
     return pixels.clip(0, 255).astype(np.uint8), np.asarray(label)
 
@@ -88,4 +88,6 @@ def write_mat(path, label):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw a small data set in VOC's layout.")
     parser.add_argument("folder", metavar="DIR")
-    print(f"drew {sum(COUNTS.values())} images: {draw_data_set(parser.parse_args().folder)}")
+    made = draw_data_set(parser.parse_args().folder)
+    (made / "VOC2012" / "class_names.txt").write_text("\n".join(["background", *SHAPES]) + "\n")
+    print(f"drew {sum(COUNTS.values())} images: {made}")
