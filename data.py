@@ -4,6 +4,7 @@ Shapes: a training batch is a dict of image uint8 [N, crop, crop, 3], label uint
 jitter float32 [N, 5] (see transforms). A validation batch is (indices, (for each scale the images uint8 [N, h, w, 3],
 labels uint8 [N, H, W])). Images travel channels last, as they lie in memory: any device takes a copy of them as it is.
 """
+import collections
 import dataclasses
 import math
 from pathlib import Path
@@ -13,13 +14,15 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cli import UserError, first_line, held_signals, start_worker, usable_cores
 from transforms import TrainAugmentation, fit_into
-from voc import CLASSES, LISTS, VOC, digest, read_classes
+from voc import CLASSES, IGNORE, LISTS, VOC, check_palettes, digest, digest_of, first_of, read_classes
 
 DATA_SET = VOC  # to use another data set, put its class here; VOC's docstring says what it must offer
 CLASS_NAMES = "class_names.txt"  # in the data folder, as labelme2voc writes it
 DEFAULT_FRACTION = 0.2  # of the images with labels, to evaluate on
 ORDER_PURPOSE, SAMPLE_PURPOSE, SPLIT_PURPOSE = range(3)  # what a generator of the seed is for
 WORKERS = 4  # for each rank, if the cores suffice
+BATCH_SHOWN = 16  # images in train_batch.png, at most
+DRAWN = "no lists there: split by --seed and --val_fraction"
 
 
 @dataclasses.dataclass
@@ -29,14 +32,19 @@ class TrainingData:
     classes: their names; train, val: data sets
     lists: {"train": ids, "val": ids} if the data folder holds no lists, for the checkpoint; else None
     origin: where the lists are from; "" for the data folder
-    skipped: a note on the files that are not used, for a folder without lists; or ""
+    notes: what the user should know of them, each a line
+    images: {"train" and "val": a short hash of each image file}; None for a data set without `looks`
+    seen: {"train" and "val": what the check saw}: images and pixels, int [256], how many have each value of a label;
+        sizes, a Counter of (H, W). {} for a data set without `looks`
     """
     classes: tuple
     train: object
     val: object
     lists: dict | None = None
     origin: str = ""
-    skipped: str = ""
+    notes: tuple = ()
+    images: dict | None = None
+    seen: dict = dataclasses.field(default_factory=dict)
 
     def digests(self):
         """The SHA-256 of both lists."""
@@ -70,31 +78,133 @@ def open_training(args, lists=None):
             raise UserError(f"{root}: holds {len(ids)} images with labels of their names; at least 2 are needed, one "
                             "to train on and one to evaluate on" + (skipped and f"; {skipped}"))
         lists = split_by_seed(ids, args.val_fraction or DEFAULT_FRACTION, args.seed)
-        origin = "no lists there: split by --seed and --val_fraction"
+        origin = DRAWN
     else:
         others = len(set(ids).difference(*lists.values()))
         skipped = f"{others} labelled images are in neither of the checkpoint's lists, and not used" if others else ""
         origin = "the checkpoint's lists"
     train, val = (DATA_SET(root, split, lists[split]) for split in ("train", "val"))
-    return TrainingData(classes, train, val, lists, origin, skipped)
+    return TrainingData(classes, train, val, lists, origin, (skipped,) if skipped else ())
 
 
 def open_checked(args, lists, ranks):
     """Opens the training and validation sets on every rank. Reads every image and label once on each machine.
 
+    A split that is drawn is changed by what the labels hold, see with_every_class.
     -> (TrainingData, the (H, W) of the validation images). Raises UserError, also if the machines' lists differ.
     """
     data = open_training(args, lists)
 
     def check():
-        data.train.check(len(data.classes))
-        return data.val.check(len(data.classes)), data.digests()
+        _, val_sizes = (part.check(len(data.classes)) for part in (data.train, data.val))
+        parts, found = {"train": data.train.ids, "val": data.val.ids}, {}
+        looks = {**getattr(data.train, "looks", {}), **getattr(data.val, "looks", {})}
+        if looks and data.origin == DRAWN:
+            parts = with_every_class(parts, {name: look.pixels[:IGNORE] > 0 for name, look in looks.items()})
+        if looks:
+            val_sizes, found = [looks[name].size for name in parts["val"]], look_over(data, parts, looks)
+        return data.digests(), parts, val_sizes, found
 
-    val_sizes, digests = ranks.once_a_machine(check)
+    digests, parts, val_sizes, found = ranks.once_a_machine(check)
     if digests != data.digests():
         raise UserError(f"{args.data_path}: its lists differ from those of rank 0's machine; copy the same data to "
                         "every machine")
-    return data, val_sizes
+    if data.lists not in (None, parts):
+        train, val = (DATA_SET(args.data_path, split, parts[split]) for split in ("train", "val"))
+        data = dataclasses.replace(data, train=train, val=val, lists=parts)
+    return dataclasses.replace(data, **found), val_sizes
+
+
+def look_over(data, parts, looks):
+    """The fields of TrainingData that the check of both lists gives: notes, images, seen.
+
+    parts: {"train": ids, "val": ids}; looks: {id: Look}
+    Raises UserError if palettes contradict indices, or no training label has an object.
+    """
+    check_palettes(list(looks.values()), data.classes)
+    train, val, seen = data.train.split, data.val.split, {}
+    for name, ids in parts.items():
+        pixels = np.stack([looks[image_id].pixels for image_id in ids])
+        sizes = collections.Counter(looks[image_id].size for image_id in ids)
+        seen[name] = {"images": (pixels > 0).sum(0), "pixels": pixels.sum(0), "sizes": sizes}
+    images = {name: [looks[image_id].digest for image_id in ids] for name, ids in parts.items()}
+    nothing, notes = notes_on(train, parts["train"], looks)
+    if nothing:
+        raise UserError(nothing)
+    nothing, more = notes_on(val, parts["val"], looks, images["train"])
+    here, there = (seen[name]["images"][:len(data.classes)] for name in ("train", "val"))
+    how = {"": "--val_split LIST takes another one; without lists, --seed and --val_fraction draw one",
+           DRAWN: "another --seed or --val_fraction draws another one"}.get(data.origin, "a new run draws another one")
+    for split, lacks in ((val, (here > 0) & (there == 0)), (train, (there > 0) & (here == 0))):
+        if lacks.any():
+            absent = first_of([data.classes[index] for index in np.flatnonzero(lacks)], ", ")
+            more.append(f"the list '{split}' lacks {absent} of the other list; {how}")
+    alone = [data.classes[index] for index in np.flatnonzero((here == 1) & (there == 0))]
+    if alone and data.origin == DRAWN:
+        more.append(f"a single image has {first_of(alone, ', ')}: it is trained on")
+    return {"notes": (*data.notes, *notes, *more, nothing), "images": images, "seen": seen}
+
+
+def notes_on(split, ids, looks, trained=()):
+    """What to say of one list: (a text if no label has an object, or None; other notes).
+
+    looks: {id: Look}; trained: the digests of training images
+    """
+    twice = [image_id for image_id, count in collections.Counter(ids).items() if count > 1]
+    ids, trained = list(dict.fromkeys(ids)), set(trained)
+    notes = [f"the list '{split}': {len(found)} of {len(ids)} images {what}: {first_of(found, ', ')}"
+             for found, what in (
+        (twice, "stand there twice"),
+        ([image_id for image_id in ids if looks[image_id].digest in trained], "are trained on: the same files"),
+        ([image_id for image_id in ids if looks[image_id].turned],
+         "are turned or mirrored by EXIF without a change of size; look whether their labels are, too")) if found]
+    images = sum(looks[image_id].pixels > 0 for image_id in ids)
+    if images[1:IGNORE].any():
+        return None, notes
+    hint = ", and 255, which means 'not labelled': the object takes the value 1" if images[IGNORE] else ""
+    return f"{looks[ids[0]].label.parent}: every label of the list '{split}' is all background, 0{hint}", notes
+
+
+def check_scored(data, classes, count, trained):
+    """Checks the first `count` images of a list to score on; trained: the digests of training images. -> (sizes, notes)
+
+    Raises UserError for what `check` finds, for palettes that contradict indices, and for masks of 0 and 255.
+    """
+    sizes, looks = data.check(len(classes), count), getattr(data, "looks", {})
+    if not looks:
+        return sizes, []
+    check_palettes(list(looks.values()), classes)
+    empty, notes = notes_on(data.split, data.ids[:count], looks, trained)
+    if empty and len(sizes) == len(data) and all(look.pixels[IGNORE] for look in looks.values()):
+        raise UserError(empty)
+    return sizes, [*notes, empty]
+
+
+def with_every_class(parts, has):
+    """Swaps images between the parts of a drawn split until both have each class, as far as that can be.
+
+    parts: {"train": ids, "val": ids}; has: {id: bool [C], the classes in its label}. A class that one image alone has
+    is trained on. Each swap takes the two images after which the parts lack the fewest classes.
+    """
+    parts = [sorted(part) for part in (parts["train"], parts["val"])]
+    total = sum(has[image_id].astype(int) for part in parts for image_id in part)
+    wanted = total > 0, total > 1
+    while True:
+        tables = [np.stack([has[image_id] for image_id in part]).astype(int) for part in parts]
+        counts = [table.sum(0) for table in tables]
+        lacked = [want & (count == 0) for want, count in zip(wanted, counts, strict=True)]
+        best = sum(map(np.sum, lacked)), None
+        for here, there in ((0, 1), (1, 0)):
+            for comes in np.flatnonzero(tables[there] @ lacked[here]):
+                change = tables[there][comes] - tables[here]  # of the counts here, by each image that may go
+                lacks = (wanted[here] & (counts[here] == -change)).sum(1)
+                lacks += (wanted[there] & (counts[there] == change)).sum(1)
+                goes = int(lacks.argmin())
+                best = min(best, (lacks[goes], (here, goes, there, comes)), key=lambda pair: pair[0])
+        if best[1] is None:
+            return {"train": sorted(parts[0]), "val": sorted(parts[1])}
+        here, goes, there, comes = best[1]
+        parts[here][goes], parts[there][comes] = parts[there][comes], parts[here][goes]
 
 
 def split_by_seed(ids, fraction, seed):
@@ -104,20 +214,38 @@ def split_by_seed(ids, fraction, seed):
     return {"train": sorted(ids[i] for i in order[count:]), "val": sorted(ids[i] for i in order[:count])}
 
 
-def open_split(root, split, lists):
-    """The data set of one list, to score on.
+def open_split(root, split, lists, digests):
+    """The data set to score on. -> (it, which images it has, as text)
 
-    lists: those of the checkpoint, or None. They come first where the folder holds their images, so that none that was
-    trained on is scored, whatever lists the folder was given since.
+    lists, digests: those of the checkpoint, or None. Its lists come first where the folder holds their images, so that
+    none that was trained on is scored, whatever lists and images the folder was given since. The images are told by
+    content; by name, if the checkpoint has no digests.
     """
-    has_lists = DATA_SET.has_lists(root)
+    own = DATA_SET.has_lists(root)
     if lists and split in lists:
-        data = DATA_SET(root, split, lists[split])
-        if not has_lists or all(path.is_file() for path in data.files()):
-            return data
-    elif lists and not has_lists:
+        ids = by_content(root, lists[split], digests[split]) if digests else lists[split]
+        data = DATA_SET(root, split, ids or ())
+        if ids and (digests or not own or all(path.is_file() for path in data.files())):
+            return data, f"images of '{split}' of the checkpoint's lists"
+    elif lists and not own:
         raise UserError(f"{root}: has no list '{split}'; the checkpoint holds {', '.join(lists)}")
-    return DATA_SET(root, split)
+    if own or not digests:
+        return DATA_SET(root, split), f"images of '{split}', a list of the folder"
+    ids = DATA_SET.labelled(root)[0]
+    if not ids:
+        raise UserError(f"{root}: holds no images with labels of their names")
+    return DATA_SET(root, split, ids), "images, the whole folder"
+
+
+def by_content(root, ids, digests):
+    """The ids under which a folder holds the images of a list; None if it has less than half of them."""
+    data = DATA_SET(root, "", DATA_SET.labelled(root)[0])
+    here = {image_id: digest_of(data.image_path(image_id)) for image_id in data.ids}
+    names = {digest: image_id for image_id, digest in here.items()}
+    found = [image_id if here.get(image_id) == digest else names.get(digest)
+             for image_id, digest in zip(ids, digests, strict=True)]
+    enough = 2 * sum(map(bool, found)) >= len(ids)
+    return [name or image_id for name, image_id in zip(found, ids, strict=True)] if enough else None
 
 
 # ---- training batches
@@ -157,6 +285,12 @@ def batch_order(first, last, batch_size, accumulate=1, rank=0, world_size=1):
     for start in range(first + rank * length, last, world_size * length):
         for position in range(start, start + length, batch_size):
             yield range(position, position + batch_size)
+
+
+def first_samples(data, args, first):
+    """Rank 0's batch at sample `first` of the stream, at most BATCH_SHOWN images of it. Changes no random state."""
+    stream = TrainStream(data, TrainAugmentation(args.crop_size, args.scale), args.seed)
+    return default_collate([stream[first + index] for index in range(min(BATCH_SHOWN, args.batch_size))])
 
 
 def train_batches(data, args, first, last, ranks):

@@ -12,7 +12,7 @@ from cli import MAX_BATCH, PROG, Parser, UserError, file_path, number, run  # is
 
 import device
 import visualize
-from data import open_split, val_batches
+from data import check_scored, open_split, val_batches
 from files import as_json, check_no_overlap, check_writable, output_file, remove_leftovers
 from inference import Protocol, add_protocol_flags, check_protocol, evaluate
 from metrics import MEANS, for_json, format_table, scores_of, summary
@@ -71,25 +71,24 @@ def main(args):
         model = checkpoint.network()
         names = class_names(args, checkpoint)
         protocol = Protocol.of(args).with_scale_of(checkpoint)
-        lists = checkpoint.meta.get("lists")
-        data = open_split(args.data_path, args.split, lists)
+        lists, digests = (checkpoint.meta.get(key) for key in ("lists", "images"))
+        data, what = ranks.once_a_machine(lambda: open_split(args.data_path, args.split, lists, digests))
         write = picture_writer(args, data, names, checkpoint.colours()) if args.save_dir else None
         write_json = None
         if args.json:
             read = [args.checkpoint, *data.files(), *Path(args.data_path, LISTS).glob("*.txt")]
             check_no_overlap([*read, args.classes] if args.classes else read, [args.json], f"--json {args.json}")
             write_json = output_file(args.json)
-        sizes = ranks.once_a_machine(lambda: data.check(len(names), args.max_images))
+        sizes, notes = ranks.once_a_machine(
+            lambda: check_scored(data, names, args.max_images, (digests or {}).get("train", ())))
         protocol.check(sizes)
         model = device.place(model, ranks.device)
         if ranks.rank == 0:
-            whose = " of the checkpoint's lists" if (lists or {}).get(args.split) == data.ids else ""
             where = f"{ranks.count} x {device.describe(ranks.device, args.device)}"
-            print(f"{checkpoint.backbone} from {checkpoint.source}: {checkpoint.kind}\n{len(sizes)} images of "
-                  f"'{args.split}'{whose}, {protocol}, on {where}, {protocol.precision(ranks.device)}", flush=True)
-            font = visualize.missing_font(names) if args.save_dir else None
-            if font:
-                print(f"note: {font}")
+            print(f"{checkpoint.backbone} from {checkpoint.source}: {checkpoint.kind}\n{len(sizes)} {what}, "
+                  f"{protocol}, on {where}, {protocol.precision(ranks.device)}", flush=True)
+            for note in filter(None, (*notes, visualize.missing_font(names) if args.save_dir else None)):
+                print(f"note: {note}", flush=True)
         since = time.perf_counter()
         batches = val_batches(data, sizes, protocol, args.workers, ranks)
         scores = scores_of(evaluate(model, batches, protocol, ranks, write, len(sizes) // ranks.count))
@@ -103,8 +102,7 @@ def main(args):
                           "ValTime": 1000 * batch_size * ranks.count / fps,  # ms a batch, one of each card
                           "E2EValTime": time.perf_counter() - started}
                 write_val_summary(args, checkpoint, batch_size, ranks.count, values)
-        ranks.leave()
-    return 0
+        return ranks.leave()
 
 
 def class_names(args, checkpoint):

@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 import visualize
 from amp import AMP_DTYPES, convolutions, name_of
-from cli import MAX_SIDE, UserError, number
+from cli import MAX_SIDE, UserError, first_line, number
 from device import choose_device, place
 from metrics import confusion_matrix
-from transforms import fit_into, prepare, scaled_size
-from voc import read_image, to_rgb
+from transforms import fit_into, prepare, prepare_batch, scaled_size, visible
+from voc import palette, read_image, to_rgb
 from weights import Checkpoint
 
 STRIP_VALUES = 2 ** 26  # logits that are enlarged at once: 256 MiB of float32
+VAL_SAMPLES, DATA_SAMPLES = 6, 4  # images in val_samples.png, and of each list in data.png
 TOGETHER = 8  # images that run at once on an accelerator, which a single one does not fill
 TOGETHER_PIXELS = TOGETHER * 2 ** 20  # of all of them at most: 8 images of 2048x512
 
@@ -307,3 +308,48 @@ def enlarge_rows(logits, rows, size):
     lower = (upper + 1).clamp(max=height - 1)
     scores = torch.lerp(logits[:, upper], logits[:, lower], (source - upper)[:, None].to(logits.dtype))
     return F.interpolate(scores[None], (len(rows), size[1]), mode="bilinear", align_corners=False)[0]
+
+
+# ---- pictures of a run
+
+def spread(data, count):
+    """A few samples, spread over a list: [(id, image uint8 [H, W, 3], label uint8 [H, W]), ...]"""
+    indices = np.unique(np.linspace(0, len(data) - 1, count).round().astype(int))
+    return [(data.ids[index], image.permute(1, 2, 0).numpy(), label.numpy())
+            for index, (image, label) in ((index, data[index]) for index in indices)]
+
+
+def draw_data(work_dir, data, batch, form, device):
+    """Writes data.png, of the lists, and train_batch.png, of a training batch as the network of that form sees it.
+
+    A drawing that fails is a log line, here and below: it does not end a training of hours.
+    """
+    try:
+        images, labels = prepare_batch(batch, form, device)
+        samples = [("", *sample) for sample in zip(visible(images, form), labels.cpu().numpy(), strict=True)]
+        title = "the first training batch, as the network sees it"
+        visualize.save(visualize.image_grid(samples, data.classes, palette(), title), work_dir.path / "train_batch.png")
+        samples = [(f"{part.split}: {image_id}", image, label) for part in (data.train, data.val)
+                   for image_id, image, label in spread(part, DATA_SAMPLES)]
+        picture = visualize.image_grid(samples, data.classes, palette(), "images of both lists")
+        if data.seen:
+            shares = {name: seen["pixels"] / seen["pixels"].sum() for name, seen in data.seen.items()}
+            bars = visualize.class_bars(shares, data.classes, palette())
+            picture = visualize.joined([bars, picture], visualize.COLUMN)
+        visualize.save(picture, work_dir.path / "data.png")
+    except Exception as error:
+        work_dir.log(f"data.png or train_batch.png could not be drawn: {first_line(error)}")
+
+
+def draw(work_dir, model, data, protocol, device, iteration, scores):
+    """Writes curves.png, confusion.png, and val_samples.png: the same few images each time, spread over the list."""
+    try:
+        samples = [(name, image, label, classify(model, torch.from_numpy(image).permute(2, 0, 1), protocol, device))
+                   for name, image, label in spread(data.val, VAL_SAMPLES)]
+        title = f"iteration {iteration:,}, mIoU {scores['mIoU']:.2f}"
+        work_dir.add_pictures(iteration, {
+            "curves": visualize.draw_curves(work_dir.metrics(), data.classes),
+            "confusion": visualize.draw_confusion(scores["confusion"], data.classes),
+            "val_samples": visualize.sample_grid(samples, data.classes, palette(), title)})
+    except Exception as error:
+        work_dir.log(f"the pictures of iteration {iteration} could not be drawn: {first_line(error)}")

@@ -62,14 +62,21 @@ def for_json(scores, names):
 
 def format_table(scores, classes):
     """The scores of each class as a table in text; `-` for NaN."""
-    def columns(name):  # Chinese characters and the like are two columns wide
+    return class_table(classes, {name: [number(value, ".2f") for value in scores[name]] for name in ("IoU", "Acc")})
+
+
+def class_table(classes, columns):
+    """A table in text: a line for each class. columns: {title: texts}"""
+    def wide(name):  # Chinese characters and the like are two columns wide
         return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name)
 
-    width = max(14, *(columns(name) + 2 for name in classes))
-    lines = [f"{'class':<{width}}{'IoU':>8}{'Acc':>8}"]
-    lines += [f"{name}{' ' * (width - columns(name))}{number(iou, '.2f'):>8}{number(acc, '.2f'):>8}"
-              for name, iou, acc in zip(classes, scores["IoU"], scores["Acc"], strict=True)]
-    return "\n".join(lines)
+    width = max(14, *(wide(name) + 2 for name in classes))
+    cells = []
+    for title, texts in columns.items():
+        length = max(8, *(len(text) + 2 for text in (title, *texts)))
+        cells.append([f"{text:>{length}}" for text in (title, *texts)])
+    rows = zip(("class", *classes), *cells, strict=True)
+    return "\n".join("".join((name, " " * (width - wide(name)), *row)) for name, *row in rows)
 
 
 def summary(scores):

@@ -13,7 +13,7 @@ import visualize
 from device import add_one_device_flags, describe, readable_errors
 from files import check_no_overlap, check_writable, output_file, remove_leftovers
 from inference import Predictor, Protocol, add_protocol_flags, check_protocol
-from voc import heic_hint, opened, read_image, readable_suffixes
+from voc import heic_hint, id_of, is_readable, opened, read_image, walk
 from weights import add_network_flags
 
 
@@ -78,7 +78,7 @@ def main(args):
 
 
 def find_photographs(inputs, save_dir):
-    """The photographs in files and folders, with those in sub-folders.
+    """The photographs in files and folders, with those in sub-folders, through links.
 
     -> ({path: name without extension, relative to the folder that was named}, lines about the files that are skipped)
     """
@@ -89,13 +89,14 @@ def find_photographs(inputs, save_dir):
         if not given.is_dir():
             found.setdefault(given, given.stem)
             continue
-        for path in sorted(given.rglob("*")):
+        paths, again = walk(given)
+        skipped += [f"skipped, it is read under another name: {path}" for path in again]
+        for path in paths:
             inside = Path(os.path.realpath(given)) in out.parents and out in Path(os.path.realpath(path)).parents
-            hidden = any(part.startswith(".") for part in path.relative_to(given).parts)
-            if path.is_dir() or inside or hidden:
+            if inside or any(part.startswith(".") for part in path.relative_to(given).parts):
                 continue
-            if path.suffix.lower() in readable_suffixes():
-                found.setdefault(path, str(path.relative_to(given).with_suffix("")))
+            if is_readable(path):
+                found.setdefault(path, id_of(path, given))
             else:
                 skipped.append(f"skipped, Pillow does not know its format: {path}{heic_hint([path])}")
     if not found:

@@ -14,14 +14,13 @@ import math
 import signal
 import time
 
-from cli import MAX_BATCH, MAX_SIDE, Parser, UserError, class_weights, first_line, number, run  # isort: skip, see cli
+from cli import MAX_BATCH, MAX_SIDE, Parser, UserError, class_weights, number, run  # isort: skip, see cli
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import visualize
 from amp import (
     BatchNormGuard,
     add_precision_flags,
@@ -33,7 +32,7 @@ from amp import (
     ddp_settings,
     fused_sgd,
 )
-from data import open_checked, train_batches, val_batches
+from data import first_samples, open_checked, train_batches, val_batches
 from device import (
     Stop,
     add_device_flags,
@@ -46,7 +45,7 @@ from device import (
     readable_errors,
 )
 from fcn8s import BACKBONES, DEFAULT_BACKBONE, FCN8s
-from inference import Protocol, check_scales, classify, evaluate
+from inference import Protocol, check_scales, draw, draw_data, evaluate
 from metrics import WARM_UP_ITERS, Speed, scores_of
 from transforms import prepare_batch
 from voc import IGNORE, palette
@@ -58,7 +57,6 @@ SHAPING = ("backbone", "train_split", "val_split", "crop_size", "scale", "val_sc
            "accumulate", "max_iters", "lr", "min_lr", "power", "momentum", "weight_decay", "class_weights", "freeze_bn",
            "sync_bn", "compile", "seed", "amp", "opt_level", "loss_scale", "amp_backend", "amp_dtype")
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (mmsegmentation's configs/_base_/models/fcn_r50-d8.py)
-VAL_SAMPLES = 6  # images in val_samples.png
 MAX_NAN_STEPS = 10  # consecutive steps with a NaN or Inf loss after which the run stops: it does not recover
 NAN_INTERVAL = 50  # iterations between two checks for them, which synchronise with the device
 PERFORMANCE_ITERS = 1000  # where a performance run stops
@@ -153,6 +151,9 @@ def parse_args(argv=None):
                        help="iterations between checkpoints; the end is always saved (default: %(default)s)")
     files.add_argument("--keep", type=number(1), default=3, metavar="K",
                        help="how many of the newest checkpoints stay, apart from best.pth (default: %(default)s)")
+    files.add_argument("--check", action="store_true",
+                       help="do all that comes before the first iteration, print what the lists hold, draw data.png "
+                            "and train_batch.png, and end")
     files.add_argument("--performance", action="store_true",
                        help="measure speed: stop after 1,000 iterations; files in output/<device_id>/FCN_prof")
     args = parser.parse_args(argv)
@@ -307,14 +308,17 @@ def main(args):
             network = DistributedDataParallel(network, **ddp_settings(device, precision))
         if args.compile:
             network = torch.compile(network, dynamic=False)
-        progress, saved = Progress(), None
-        if start:
-            resume(args, optimizer, precision, data, start, progress)
-            saved = progress.iteration
-        work_dir.open(start and start[0], progress, last, args.tensorboard)
+        progress = Progress()
+        saved = start and resume(args, optimizer, precision, data, start, progress)  # the last checkpoint's iteration
+        if not args.check:
+            work_dir.open(start and start[0], progress, last, args.tensorboard)
+            work_dir.add_record(args, data, device, origin)
         del start  # it holds the weights and the momentum once more
-        work_dir.add_record(args, data, device, origin)
         work_dir.log(start_lines(args, ranks, data, protocol, model, precision, last, origin, work_dir, AUX_WEIGHT))
+        if work_dir.writes and (args.check or not args.performance):
+            draw_data(work_dir, data, first_samples(data.train, args, progress.samples), model.form, device)
+        if args.check:
+            return ranks.leave()
 
         # loop
         began = time.perf_counter() - progress.seconds
@@ -343,7 +347,7 @@ def main(args):
             meta = {"backbone": args.backbone, "num_classes": model.num_classes, "classes": data.classes,
                     "palette": palette()[:model.num_classes].tolist(), "form": model.form, "scale": protocol.scale,
                     "args": {name: getattr(args, name) for name in SHAPING}, "ranks": ranks.count,
-                    "digests": data.digests(), "lists": data.lists}
+                    "digests": data.digests(), "lists": data.lists, "images": data.images}
             if work_dir.writes:
                 work_dir.save({"state_dict": model.state_dict(), "meta": meta, "optimizer": optimizer.state_dict(),
                                "precision": precision.state_dict(), "progress": dataclasses.asdict(progress)},
@@ -419,28 +423,7 @@ def main(args):
         progress.seconds = time.perf_counter() - began
         if work_dir.writes:
             work_dir.finish(args, progress, ranks)
-        ranks.leave()
-    return 0
-
-
-def draw(work_dir, model, data, protocol, device, iteration, scores):
-    """Writes curves.png, confusion.png, and val_samples.png: the same few images each time, spread over the list.
-
-    A drawing that fails is a log line: it does not end a training of hours.
-    """
-    try:
-        samples = []
-        for index in np.unique(np.linspace(0, len(data.val) - 1, VAL_SAMPLES).round().astype(int)):
-            image, label = data.val[index]
-            samples.append((data.val.ids[index], image.permute(1, 2, 0).numpy(), label.numpy(),
-                            classify(model, image, protocol, device)))
-        title = f"iteration {iteration:,}, mIoU {scores['mIoU']:.2f}"
-        work_dir.add_pictures(iteration, {
-            "curves": visualize.draw_curves(work_dir.metrics(), data.classes),
-            "confusion": visualize.draw_confusion(scores["confusion"], data.classes),
-            "val_samples": visualize.sample_grid(samples, data.classes, palette(), title)})
-    except Exception as error:
-        work_dir.log(f"the pictures of iteration {iteration} could not be drawn: {first_line(error)}")
+        return ranks.leave()
 
 
 if __name__ == "__main__":

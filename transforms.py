@@ -169,6 +169,16 @@ def normalise(images, form):
     return (images - mean) / deviation
 
 
+def visible(inputs, form):
+    """The inverse of `normalise`, for people: float [N, 3, H, W] -> NumPy uint8 [N, H, W, 3], RGB."""
+    if form != "unpadded":
+        images = (inputs + constants(inputs.device, CAFFE_MEAN)[0]).flip(1)
+    else:
+        mean, deviation = constants(inputs.device, MEAN, STD)
+        images = inputs * deviation + mean
+    return images.round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
 def distort_colours(images, jitter):
     """The photometric distortion of SSD (Liu et al., ECCV 2016, its data augmentation) as mmsegmentation runs it.
 

@@ -36,6 +36,8 @@ PANELS = ("photograph", "label", "prediction")  # and the errors
 PANEL_SIDES = (320, 1024)  # minimum and maximum of the longer side of a comparison's panels, in pixels
 SAMPLE_BOX = (220, 165)  # maximum width and height of the views in a sample grid, in pixels
 SAMPLE_COLOURS, SAMPLE_STEP = 192, 3  # a grid is reduced to this many colours, chosen from every third pixel
+BLOCKS = 2  # samples per row of a grid of images with their labels
+BAR_LENGTH = 160  # pixels of a bar of 100%
 GAP = 6  # pixels between pictures
 ROW, COLUMN = 0, 1  # the axis along which `joined` places pictures
 JPEG_SIDE, JPEG_QUALITY = 65_500, 90  # the format allows no longer sides
@@ -116,6 +118,38 @@ def sample_grid(samples, names, colours, title):
     below = legend([classes for _, maps in parts for classes in maps], names, colours, body.size, font)
     picture = joined([text_line(title, font.font_variant(size=TITLE)), body, below], COLUMN)
     return few_colours(picture, (WRONG, WHITE, tuple(colours[IGNORE].tolist())))
+
+
+def class_bars(shares, names, colours):
+    """The classes' shares of the pixels in some lists. shares: {list: float [256], of each value of the labels}"""
+    font, table = font_for(names, *SAMPLE_BOX), np.stack(list(shares.values()))
+    present = [index for index in np.argsort(-table.sum(0)).tolist() if table[:, index].any()][:BARS]
+    entries = [text_line("not labelled" if index == IGNORE else names[index], font, tuple(colours[index].tolist()))
+               for index in present]
+    left, line = max(entry.width for entry in entries), 2 * font.size
+    picture = Image.new("RGB", (left + len(shares) * 2 * BAR_LENGTH, (1 + len(present)) * line), WHITE)
+    for column, (name, part) in enumerate(shares.items()):
+        at = left + column * 2 * BAR_LENGTH
+        picture.paste(text_line(f"{name}, share of the pixels", font), (at, 0))
+        for top, index, entry in zip(range(line, picture.height, line), present, entries, strict=True):
+            end = at + round(BAR_LENGTH * part[index])
+            picture.paste(entry, (0, top))
+            picture.paste(tuple(colours[index].tolist()), (at, top + line // 4, end, top + line * 3 // 4))
+            picture.paste(text_line(percent(part[index]), font), (end, top))
+    return picture
+
+
+def image_grid(samples, names, colours, title):
+    """Images with their labels over them, in a grid. samples: [(name, image, label), ...]"""
+    font, cells = font_for(names, *SAMPLE_BOX), []
+    for name, image, label in samples:
+        panels, _ = views(image, label, label, SAMPLE_BOX, colours, 1)
+        row = joined(panels[:2], ROW, GAP)
+        cells.append(joined([row, text_line(fitting(name, "", font, row.width - 2 * font.size), font)], COLUMN))
+    cell = np.max([part.size for part in cells], axis=0)
+    rows = [joined(cells[start:start + BLOCKS], ROW, 4 * GAP, cell) for start in range(0, len(cells), BLOCKS)]
+    body = joined([text_line(title, font.font_variant(size=TITLE)), *rows], COLUMN, GAP)
+    return joined([body, legend([label for _, _, label in samples], names, colours, body.size, font)], COLUMN)
 
 
 def views(image, label, prediction, box, colours, line):

@@ -10,6 +10,7 @@ import shlex
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,12 @@ LISTS = Path("ImageSets", "Segmentation")
 IMAGE_FOLDERS = ("JPEGImages", "images")  # VOC's name, and the one of most other data
 OWN_LABELS, SBD_LABELS = "SegmentationClass", "SegmentationClassAug"
 LABEL_FOLDERS = (OWN_LABELS, SBD_LABELS, "SegmentationClassPNG", "masks")  # the third is that of older labelme exports
-LABEL_MODES = ("P", "L")  # Pillow's names for an 8-bit index and an 8-bit grey image
+LABEL_MODES = ("P", "L", "1")  # Pillow's names for an index of up to 8 bits, a grey value of as many, and a single bit
+LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF", "HEIF", "WEBP", "JXL", "jpeg in TIFF", "tiff_jpeg in TIFF")
+FACTORS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies grey values of 2 and of 4 bits
+TWELVE_BITS = 2 ** 12 - 1  # 16-bit values that do not exceed it leave their range unused
+NO_RANGE = ("{}: its values lie in {:g}..{:g}, which does not say what is white; scale all images alike and save "
+            "them as 8-bit: Image.fromarray((values * (255 / WHITE)).astype('uint8')), WHITE being the value of white")
 HEIC = (".heic", ".heif")  # what phones take
 STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # formats that Pillow recognises and does not decode
 with contextlib.suppress(ImportError):
@@ -36,6 +42,8 @@ with contextlib.suppress(ImportError):
     pillow_heif.register_heif_opener()
 Image.MAX_IMAGE_PIXELS = 2 ** 29  # Pillow refuses twice that, 3 GiB of RGB; its own bound would refuse a panorama
 SHOWN = 5  # of many problems or files in a message
+WITHOUT_PALETTE = """python -c "import pathlib, sys; from PIL import Image; [Image.frombytes('L', i.size, i.tobytes())\
+.save(p) for d in sys.argv[1:] for p in pathlib.Path(d).rglob('*{}') for i in [Image.open(p)] if i.mode == 'P']" {}"""
 
 
 def palette():
@@ -112,27 +120,110 @@ def opened(path, kind):
 def read_image(path):
     """The RGB image of a file, upright (EXIF), as uint8 [3, H, W] (channels last in memory)."""
     with opened(path, "image") as image:
+        deep = ";16" in raw_mode(image)
         ImageOps.exif_transpose(image, in_place=True)
-        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+        pixels = np.array(to_rgb(image, path))
+        if deep and not pixels.any():  # Pillow keeps the upper byte
+            raise UserError(NO_RANGE.format(path, 0, 255))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def to_rgb(image):
+def raw_mode(image):
+    """Pillow's name for the values of an opened file as they lie there, as `L;2`; "" where it does not say."""
+    codec, _, _, found = image.tile[0] if image.tile else ("", (), 0, "")
+    found = found if isinstance(found, tuple) else (found,)
+    scaled = codec.startswith("ppm") and found[-1] not in (255, "1;I")  # by the maximum that the file names
+    raw = next((arg for arg in found if isinstance(arg, str)), "")
+    return raw + (";16" if found[-1] > 255 else ";scaled") if scaled else raw
+
+
+def to_rgb(image, name="the image"):
     """A Pillow image of any mode as RGB. Transparency is left out; of 16 bits the upper 8 stay, as Pillow does it for
-    colours (grey values it would cut off at 255)."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 2 ** 16 - 1) // 256).astype(np.uint8))
+    colours (grey values it would cut off at 255).
+
+    Raises UserError for values that are neither 0..255 nor 16 bits: no image is scaled by its own maximum.
+    """
+    if image.mode.startswith(("I", "F")):
+        values, (least, most) = np.asarray(image), (1, 255) if image.mode == "F" else (TWELVE_BITS, 2 ** 16 - 1)
+        if not (values.min() >= 0 and least < values.max() <= most):  # nor is NaN
+            raise UserError(NO_RANGE.format(name, values.min(), values.max()))
+        image = Image.fromarray((values if image.mode == "F" else values // 256).astype(np.uint8))
     elif image.mode == "P":
         image = image.convert("RGBA")  # palettes may have transparent entries, about which Pillow would warn
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_label(path):
-    """The class indices of a label file, uint8 [H, W]."""
+    """The class indices of a label file, uint8 [H, W], as they lie in the file."""
     with opened(path, "label") as image:
-        if image.mode not in LABEL_MODES:
-            raise UserError(f"{path}: the label is in colours or another form (mode {image.mode}), not 8-bit class "
-                            "indices; save it as a palette or 8-bit grey PNG whose pixel values are the classes")
-        return torch.from_numpy(np.array(image))
+        raw = raw_mode(image).removesuffix("R").removesuffix(";")  # an order of bits
+        kind = image.format if image.format != "TIFF" else f"{image.info.get('compression')} in TIFF"
+        problem = None
+        if kind in LOSSY:
+            problem = f"is {kind}, a lossy format: its values are wrong around each edge"
+        elif image.mode not in LABEL_MODES:
+            problem = f"is in colours or another form (mode {image.mode}), not 8-bit class indices"
+        elif image.mode != "P" and ";" in raw and raw not in FACTORS:
+            problem = f"has other values in the file than Pillow gives ({raw}: white is zero, or a scale)"
+        if problem:
+            raise UserError(f"{path}: the label {problem}; export it anew as a palette or 8-bit grey PNG whose pixel "
+                            "values are the classes")
+        values = np.array(image).astype(np.uint8, copy=False)
+        return torch.from_numpy(values // FACTORS[raw] if raw in FACTORS else values)
+
+
+def orientation(path):
+    """The EXIF orientation of an image file, 1 (upright) if it has none."""
+    with opened(path, "image") as image:
+        return image.getexif().get(0x0112, 1)
+
+
+def used_colours(path, used):
+    """{index: (r, g, b)} of those of the used indices, IGNORE aside, that have an entry in a label's palette; {} for
+    a palette that says nothing: one of greys, or of a single colour."""
+    with opened(path, "label") as image:
+        if image.mode != "P":
+            return {}
+        swatch = Image.new("P", (1, 1))  # the palette alone is decoded
+        swatch.putpalette(image.palette.palette, image.palette.rawmode or image.palette.mode)
+    table = list(zip(*[iter(swatch.getpalette())] * 3, strict=True))
+    colours = {int(index): table[index] for index in used if index < min(len(table), IGNORE)}
+    different = set(colours.values())
+    return colours if len(different) > 1 and any(len(set(colour)) > 1 for colour in different) else {}
+
+
+class Look(NamedTuple):
+    """What a check saw of an image and its label."""
+    size: tuple  # (H, W)
+    pixels: np.ndarray  # int [256]: how many of each value the label has
+    colours: dict  # of used_colours
+    turned: bool  # EXIF turns or mirrors the image, and its size does not show it
+    digest: str  # of the image file
+    label: Path
+
+
+def check_palettes(looks, classes):
+    """Raises UserError if the palettes of some labels (a list of Look) contradict their indices: these were renumbered.
+
+    With VOC's classes, a palette of VOC's colours has each at its own index. With others, an index has one colour.
+    """
+    vocs = {tuple(palette()[index].tolist()): index for index in (*range(len(CLASSES)), IGNORE)}
+    known = {index: (colour, "VOC", None) for colour, index in vocs.items()} if classes == CLASSES else {}
+    problems, folders = [], set()
+    for look in looks:
+        colours = set(look.colours.values())
+        if classes == CLASSES and (not colours <= vocs.keys() or len(colours) < len(look.colours)):
+            continue
+        for index, colour in look.colours.items():
+            other, where, folder = known.setdefault(index, (colour, look.label, look.label.parent))
+            if other != colour:
+                problems.append(f"index {index} is {colour} in {look.label}, {other} in {where}")
+                folders |= {str(look.label.parent), str(folder or look.label.parent)}
+                break
+    if problems:
+        raise UserError(f"{len(problems)} labels have palettes that contradict their indices, which a program may have "
+                        f"renumbered: {first_of(problems)}. Export them anew or, where the numbers are right, drop the "
+                        f"palettes: {WITHOUT_PALETTE.format(looks[0].label.suffix, shlex.join(sorted(folders)))}")
 
 
 class VOC(Dataset):
@@ -145,13 +236,14 @@ class VOC(Dataset):
     ids: the ids of the list, where no file holds it
 
     A data set of another kind offers what this one does: `split`, `ids`, `__len__`, `__getitem__`, `check`, `files` and
-    `has_lists`; where that may be false, `labelled`, too. Its class then takes VOC's place in data.py.
+    `has_lists`; where that may be false, `labelled`, too. Its class then takes VOC's place in data.py. What is said of
+    classes, palettes and copies needs `looks`: after `check`, a Look of each id.
 
     Raises UserError if the folder or the list is not there.
     """
 
     def __init__(self, root, split, ids=None):
-        self.root, self.split, self.listings = Path(root), split, {}
+        self.root, self.split, self.listings, self.looks = Path(root), split, {}, {}
         if (self.root / "VOC2012").is_dir():
             raise UserError(f"{root}: holds no data itself; it holds VOC2012: pass that folder")
         if not self.root.is_dir():
@@ -185,14 +277,17 @@ class VOC(Dataset):
         those with the name of an image, as labelme's JSON has.
         """
         data = cls(root, "", ids=())
-        images, labels = ids_in(data.images), set().union(*map(ids_in, data.labels))
-        unknown = [path for path in sorted(data.images.rglob("*")) if path.is_file() and not path.name.startswith(".")
-                   and path.suffix.lower() not in readable_suffixes() and id_of(path, data.images) not in images]
+        walks = [(folder, *walk(folder)) for folder in (data.images, *data.labels)]
+        images, *labels = ({id_of(path, folder) for path in files if is_readable(path)} for folder, files, _ in walks)
+        labels = set().union(*labels)
+        unknown = [path for path in walks[0][1] if path.is_file() and not path.name.startswith(".")
+                   and not is_readable(path) and id_of(path, data.images) not in images]
         notes = [f"{len(ids)} {kind} ({first_of(sorted(ids), ', ')})"
                  for ids, kind in ((images - labels, "images without a label of their name"),
                                    (labels - images, "labels without an image")) if ids]
         if unknown:
             notes.append(f"Pillow does not know the format: {first_of(list(map(str, unknown)))}{heic_hint(unknown)}")
+        notes += [f"{path}, which is read under another name" for _, _, again in walks for path in again]
         return sorted(images & labels), "skipped: " + "; ".join(notes) if notes else ""
 
     def read_list(self, split):
@@ -243,47 +338,69 @@ class VOC(Dataset):
         image_id = self.ids[index]
         image, label = read_image(self.image_path(image_id)), read_label(self.label_path(image_id))
         if image.shape[1:] != label.shape:
+            turned = image.shape[:0:-1] == label.shape and orientation(self.image_path(image_id)) > 4
+            hint = ("EXIF turns the image: turn the label, too, or remove the orientation from the image" if turned
+                    else "they must be of one size")
             raise UserError(f"{self.label_path(image_id)}: the label is {label.shape[1]}x{label.shape[0]} pixels, "
-                            f"its image {image.shape[2]}x{image.shape[1]}; they must be of one size")
+                            f"its image {image.shape[2]}x{image.shape[1]}; {hint}")
         return image, label
+
+    def look(self, index, num_classes):
+        """-> (what is wrong, or None; a Look)"""
+        image_path, label_path = (path(self.ids[index]) for path in (self.image_path, self.label_path))
+        try:
+            label = self[index][1].numpy()
+            pixels = np.array(Image.fromarray(label).histogram())
+            used, turned = np.flatnonzero(pixels), orientation(image_path)
+            wrong = used[(used >= num_classes) & (used != IGNORE)]
+            if wrong.size:
+                raise UserError(f"{label_path}: label value {wrong[0]} is no class; valid are 0..{num_classes - 1}, "
+                                f"and {IGNORE} for pixels to ignore")
+            unseen = turned in (2, 3, 4) or turned != 1 and label.shape[0] == label.shape[1]
+            return None, Look(label.shape, pixels, used_colours(label_path, used), unseen, digest_of(image_path),
+                              label_path)
+        except (UserError, PermissionError) as error:
+            return str(error), None
+
+    def check_lines(self):
+        """Raises UserError for the first line of the list with columns, an extension or a path that is no image's."""
+        path = self.root / LISTS / f"{self.split}.txt"
+        lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else ()
+        for number, line in enumerate(map(str.strip, lines), 1):
+            odd = len(line.split()) > 1 or "/" in line or is_readable(Path(line))
+            if odd and line in self.ids and self.find(self.images, line) is None:
+                raise UserError(f"{path}, line {number}: '{line}': there is no such image; a line takes the name of "
+                                f"one image in {self.images.name}, with its sub-folders, without extension")
 
     def check(self, num_classes, count=None):
         """Decodes the first `count` (default: all) images and labels, in threads, and returns their (H, W).
 
-        So a bad file is found before the first iteration, not hours later.
-        Raises UserError, naming the first few, for what __getitem__ cannot read, for a label value that is neither a
-        class nor IGNORE, and if no label of the whole list holds anything but background.
+        So a bad file is found before the first iteration, not hours later. `looks` has what else there is to say.
+        Raises UserError, naming the first few, for what __getitem__ cannot read, and for a label value that is neither
+        a class nor IGNORE.
         """
-        def look(index):
-            """(what is wrong or None, (H, W), whether there is anything but background)"""
-            try:
-                label = self[index][1].numpy()
-            except (UserError, PermissionError) as error:
-                return str(error), None, False
-            values = np.flatnonzero(np.bincount(label.ravel(), minlength=256)[:IGNORE])
-            wrong = values[values >= num_classes]
-            problem = (f"{self.label_path(self.ids[index])}: label value {wrong[0]} is no class; valid are "
-                       f"0..{num_classes - 1}, and {IGNORE} for pixels to ignore") if wrong.size else None
-            return problem, label.shape, values.any()
-
-        indices = range(len(self))[:count]
+        self.check_lines()
+        ids = self.ids[:count]
         with ThreadPoolExecutor(usable_cores()) as pool:
-            looks = list(tqdm(pool.map(look, indices), f"checking {self.split}", len(indices), leave=False,
-                              disable=None))
-        problems = [problem for problem, _, _ in looks if problem]
+            found = pool.map(lambda index: self.look(index, num_classes), range(len(ids)))
+            looks = list(tqdm(found, f"checking {self.split}", len(ids), leave=False, disable=None))
+        problems = [problem for problem, _ in looks if problem]
         if problems:
             raise UserError(first_of(problems))
-        if len(indices) == len(self) and not any(foreground for _, _, foreground in looks):
-            raise UserError(f"{self.label_path(self.ids[0]).parent}: every label of the list '{self.split}' is all "
-                            "background; labels take the class indices as pixel values")
-        return [size for _, size, _ in looks]
+        self.looks = {image_id: look for image_id, (_, look) in zip(ids, looks, strict=True)}
+        return [look.size for _, look in looks]
+
+
+def digest_of(path):
+    """A short hash of a file's content."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def readable_files(folder):
     """{name without extension: [paths]} of the files in a folder that Pillow reads, by their extensions."""
     files = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() in readable_suffixes() and not path.name.startswith("."):
+        if is_readable(path):
             files.setdefault(path.stem, []).append(path)
     return files
 
@@ -293,10 +410,26 @@ def as_file_names(ids):
     return [os.fsdecode(image_id.encode(errors="surrogateescape")) for image_id in ids]
 
 
-def ids_in(folder):
-    """The ids of the files in a folder and its sub-folders that Pillow reads."""
-    return {id_of(path, folder) for path in folder.rglob("*")
-            if path.suffix.lower() in readable_suffixes() and not path.name.startswith(".")}
+def is_readable(path):
+    """True if Pillow reads files of that extension, and it is none of macOS's `._` files."""
+    return path.suffix.lower() in readable_suffixes() and not path.name.startswith(".")
+
+
+def walk(folder, seen=None):
+    """The files in a folder and its sub-folders, sorted, through links. A folder that is reached twice, say by a loop,
+    is read under its first name. -> (files, the other names of such folders)
+    """
+    seen, files, again = set() if seen is None else seen, [], []
+    seen.add(os.path.realpath(folder))
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            files.append(path)
+        elif os.path.realpath(path) in seen:
+            again.append(path)
+        else:
+            for found, more in zip((files, again), walk(path, seen), strict=True):
+                found += more
+    return files, again
 
 
 def id_of(path, folder):

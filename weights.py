@@ -24,7 +24,8 @@ TORCHFCNS = {"conv1_1.weight", "fc7.weight"}  # keys that tell torchfcn's files
 TRAINING_STATE = {"optimizer", "precision", "progress"}  # what train.py saves with the weights, to resume
 REFERENCE_SCALE = (2048, 512)  # mmsegmentation's evaluation: (long, short) side, in pixels
 PLAIN_COMMAND = ('python -c "import json, sys, torch; c = torch.load(sys.argv[1], \'cpu\', weights_only=False); '
-                 "k = c.keys() & {'state_dict', 'model_state_dict', 'arch'} or c.keys(); p = {n: c[n] for n in k}; "
+                 "k = c.keys() & {'state_dict', 'model_state_dict', 'model', 'arch'} or c.keys(); "
+                 "p = {n: c[n] for n in k}; "
                  "p['meta'] = json.loads(json.dumps(c.get('meta'), default=lambda v: getattr(v, 'tolist', v.__str__)()"
                  ')); torch.save(p, sys.argv[1] + \'.plain.pth\')" ')
 OLDER_FORMAT = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # begins PyTorch's files that are no ZIP files
@@ -37,6 +38,8 @@ RUN = {"meta": {"args": dict, "ranks": int, "digests": {"train": str, "val": str
        "progress": {"iteration": COUNT, "evaluated": COUNT, "samples": COUNT, "best": FLOAT, "best_iteration": COUNT,
                     "sums": (FLOAT,) * 5, "skipped": COUNT, "seconds": FLOAT}}
 BN_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+STATES = ("state_dict", "model_state_dict", "model")  # keys of the weights in files that hold more
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # what DataParallel and torch.compile put before a name
 KEYS_SHOWN = 3
 INSTEAD = "give the file with --pretrained FILE, or start from random weights with --pretrained none"
 
@@ -77,10 +80,8 @@ class Checkpoint:
         check_backbone(source, theirs, backbone)
         content = read_file(source) if url is None else download(
             url, f"the weights {source}", instead.format(theirs))
-        weights = next((content[key] for key in ("state_dict", "model_state_dict")
-                        if isinstance(content.get(key), dict)), content)
-        state = {str(key).removeprefix("module."): value for key, value in weights.items()
-                 if isinstance(value, torch.Tensor)}
+        weights = next((content[key] for key in STATES if isinstance(content.get(key), dict)), content)
+        state = {WRAPPERS.sub("", str(key)): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
         meta = content.get("meta")
         meta = upgraded(meta) if isinstance(meta, dict) else {}
         name = theirs or meta.get("backbone") or ("vgg16" if TORCHFCNS <= state.keys() else backbone)
@@ -89,6 +90,7 @@ class Checkpoint:
         check_backbone(source, name, backbone)
         state, form, kind = recognise(source, content, state, meta, name, at_once)
         num_classes = next((state[key].shape[0] for key in CLASS_LAYERS if key in state), None)
+        meta = {**named_classes(meta, num_classes), **meta}
         training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
         checkpoint = cls(source, state, name, form, kind, num_classes, meta, training)
         if "backbone" in meta and not checkpoint.is_whole():
@@ -189,6 +191,13 @@ def check_backbone(source, backbone, wanted):
     """Raises UserError if weights are of another backbone than the wanted one. None: not known, any."""
     if None not in (backbone, wanted) and backbone != wanted:
         raise UserError(f"{source}: is of backbone {backbone}, not {wanted}; use --backbone {backbone}")
+
+
+def named_classes(meta, num_classes):
+    """mmsegmentation's names and colours of the classes, in the old form or the new one, under our keys."""
+    theirs = {**meta, **(meta.get("dataset_meta") or {})}
+    found = {name: theirs.get(name.upper()) or theirs.get(name) for name in ("classes", "palette")}
+    return {name: values for name, values in found.items() if values is not None and len(values) == num_classes}
 
 
 def upgraded(meta):
@@ -342,7 +351,7 @@ def changes(args, data, ranks, checkpoint):
 
 
 def resume(args, optimizer, precision, data, start, progress):
-    """Loads the training state of a checkpoint. `progress` becomes the checkpoint's."""
+    """Loads the training state of a checkpoint. `progress` becomes the checkpoint's. -> its iteration"""
     path, checkpoint = start
     training = checkpoint.training
     try:
@@ -362,3 +371,4 @@ def resume(args, optimizer, precision, data, start, progress):
     was = checkpoint.meta["digests"]["val"], checkpoint.scale(), checkpoint.meta["args"].get("pad_to")
     if was != (data.digests()["val"], args.val_scale, args.pad_to):  # scores of another evaluation are not comparable
         progress.best, progress.best_iteration = -1.0, 0
+    return progress.iteration

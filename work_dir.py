@@ -26,9 +26,9 @@ from tqdm import tqdm
 from cli import UserError
 from device import describe
 from files import as_json, check_writable, link_or_copy, remove_leftovers, write_whole
-from metrics import MEANS, for_json, format_table, number, summary
+from metrics import MEANS, class_table, for_json, format_table, number, summary
 from visualize import missing_font, save
-from voc import digest
+from voc import IGNORE, digest
 from weights import Checkpoint
 
 OWN_NAME = re.compile(r"iter_(0|[1-9]\d*)\.pth")  # other files in the folder are left alone
@@ -313,7 +313,10 @@ def open_work_dir(args, ranks):
     ids = args.device_list or (range(ranks.count) if ranks.count > 1 else [ranks.device.index or 0])
     device_ids = ",".join(map(str, ids))
     path = args.work_dir or Path("output", device_ids, "FCN_prof" if args.performance else "FCN")
-    return WorkDir(path, device_ids, ranks.rank == 0, args.keep)
+    work_dir = WorkDir(path, device_ids, ranks.rank == 0, args.keep)
+    if args.check:  # the log is of a run
+        work_dir.log_path = Path(os.devnull)
+    return work_dir
 
 
 # ---- what a run says
@@ -335,7 +338,7 @@ def start_lines(args, ranks, data, protocol, model, precision, last, origin, wor
     flags = {"sync_bn": "synchronised BN", "compile": "compiled", "freeze_bn": "frozen BN",
              "class_weights": "weighted classes"}
     more = "".join(f", {text}" for flag, text in flags.items() if getattr(args, flag))
-    notes = [missing_font(data.classes), data.skipped]
+    notes = [missing_font(data.classes), *data.notes]
     if args.freeze_bn and origin == "random weights":
         notes.append("--freeze_bn keeps statistics that no training has set")
     if ranks.device.type == "cpu" and (args.backbone.endswith("_d8") or args.crop_size > CPU_CROP):
@@ -353,7 +356,20 @@ def start_lines(args, ranks, data, protocol, model, precision, last, origin, wor
         f"augmentation: fitted into {args.scale[0]}x{args.scale[1]}, times 0.5 to 2; crop {args.crop_size}, flip, "
         "photometric distortion",
         f"evaluation: images {protocol}",
-        f"files: {work_dir.path}", *(f"note: {note}" for note in notes if note)])
+        f"files: {work_dir.path}", *(f"note: {note}" for note in notes if note),
+        *(data_lines(data) if args.check else [])])
+
+
+def data_lines(data):
+    """What the lists hold, lines of text: sizes, and the images and pixels of each class."""
+    lines, columns = [], {}
+    for name, seen in data.seen.items():
+        sizes = ", ".join(f"{width}x{height} ({count:,})" for (height, width), count in seen["sizes"].most_common(3))
+        lines.append(f"{name}: {len(getattr(data, name)):,} images of {len(seen['sizes']):,} sizes, most often {sizes}")
+        for what in ("images", "pixels"):
+            values = seen[what][[*range(len(data.classes)), IGNORE]].tolist()
+            columns[f"{name} {what}"] = [f"{value:,}" for value in values]
+    return [*lines, class_table((*data.classes, "not labelled"), columns)] if columns else []
 
 
 def write_summary(folder, backbone, batch_size, cards, kind, values):

@@ -8,12 +8,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, error_line, run, state, train, train_flags
 from PIL import Image
 
 import visualize
 from cli import UserError
-from data import digest, open_training, split_by_seed
+from data import digest, open_training, split_by_seed, with_every_class
 from metrics import format_table
 from train import parse_args
 from voc import IGNORE, VOC, palette, read_classes
@@ -157,7 +158,11 @@ def test_a_split_by_seed_is_said_and_kept_whatever_is_added_later(own_unlisted, 
     assert "21 classes, 9 images of 'train', 2 of 'val'; no lists there: split by --seed and --val_fraction" in output
     lists = state(work_dir / "ckpt/latest.pth")["meta"]["lists"]
     assert {name: len(ids) for name, ids in lists.items()} == {"train": 9, "val": 2}
-    assert lists == split_by_seed(VOC.labelled(own_unlisted)[0], 0.2, 0) and files(own_unlisted) == before
+    has = {path.relative_to(own_unlisted / "masks").with_suffix(""): np.isin(range(21), np.array(Image.open(path)))
+           for path in (own_unlisted / "masks").rglob("*.PNG")}
+    drawn = split_by_seed(VOC.labelled(own_unlisted)[0], 0.2, 0)
+    assert lists == with_every_class(drawn, {str(name): classes for name, classes in has.items()})
+    assert files(own_unlisted) == before
     record = json.loads((work_dir / "run.json").read_text())["starts"][0]["data"]
     assert record["val"]["ids"] == lists["val"] and record["val"]["sha256"] == digest(lists["val"])
     for name in ("aaa", "zzz"):
@@ -209,7 +214,10 @@ def test_images_without_labels_and_labels_without_images_are_named(own_unlisted,
 def test_a_folder_without_lists_is_told_to_make_them_for_a_checkpoint_that_has_none(own_unlisted, drawn_voc, tmp_path,
                                                                                     no_pictures):
     train(drawn_voc, tmp_path / "run", "--max_iters", 1)
-    line = error_line(ROOT / "evaluate.py", tmp_path / "run/ckpt/best.pth", "--data_path", own_unlisted)
+    content = state(tmp_path / "run/ckpt/best.pth")
+    del content["meta"]["images"]  # as before they were in it; else the whole folder is scored
+    torch.save(content, tmp_path / "old.pth")
+    line = error_line(ROOT / "evaluate.py", tmp_path / "old.pth", "--data_path", own_unlisted)
     assert "has no lists in ImageSets/Segmentation; write val.txt there" in line
 
 
