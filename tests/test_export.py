@@ -84,7 +84,7 @@ def test_the_lines_of_the_page_label_a_photograph_as_predict_does(real_voc, tmp_
     checkpoint = untrained_checkpoint(tmp_path / "net.pth", CLASSES)  # its scale is 96 x 64
     run(EXPORT, checkpoint, tmp_path / "model.onnx")
     run(ROOT / "predict.py", checkpoint, tmp_path / "photo.jpg", "--save_dir", tmp_path / "out", "--device", "cpu")
-    lines, = re.findall(r"```python\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(), re.S)
+    *_, lines = re.findall(r"```python\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     exec(lines, {})
     ours, theirs = Image.open("labels.png"), Image.open("out/photo.png")

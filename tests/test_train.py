@@ -33,8 +33,8 @@ def no_pictures():
 def test_files_and_log_lines(finished):
     work_dir, output = finished
     assert sorted(p.name for p in work_dir.iterdir()) == [
-        ".lock", "FCN_bs2_1p_acc.log", "ckpt", "confusion.png", "curves.png", "metrics.jsonl", "result.json",
-        "run.json", "train_0.log", "val_samples.png"]
+        ".lock", "FCN_bs2_1p_acc.log", "ckpt", "confusion.png", "curves.png", "data.png", "metrics.jsonl",
+        "result.json", "run.json", "train_0.log", "train_batch.png", "val_samples.png"]
     assert sorted(p.name for p in (work_dir / "ckpt").iterdir()) == [
         "best.pth", "iter_3.pth", "iter_6.pth", "iter_8.pth", "latest.pth"]  # that of 5 was saved as latest.pth only
     assert (work_dir / "train_0.log").read_text() == output
