@@ -152,7 +152,7 @@ def picture_writer(args, data, names, colours):
 
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in data.ids):
         raise UserError(f"--save_dir {folder}: the list has ids that lead out of the data folder; take another list")
-    targets = [folder / CONFUSION, *(file for name in data.ids for file in files(name))]
+    targets = [folder / CONFUSION, *(file for name in dict.fromkeys(data.ids) for file in files(name))]
     if len(set(targets)) < len(targets):
         twice = next(file for file in targets if targets.count(file) > 1)
         raise UserError(f"--save_dir {folder}: two pictures would be {twice}; rename that image, or take another list")

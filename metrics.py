@@ -55,9 +55,8 @@ def for_json(scores, names):
     def finite(value):
         return None if math.isnan(value) else value
 
-    return {**{name: finite(scores[name]) for name in MEANS},
-            **{name: dict(zip(names, map(finite, scores[name]), strict=True)) for name in ("IoU", "Acc")},
-            "confusion": scores["confusion"]}
+    return {name: finite(value) if name in MEANS else value if name == "confusion" else
+            dict(zip(names, map(finite, value), strict=True)) for name, value in scores.items()}
 
 
 def format_table(scores, classes):

@@ -243,8 +243,7 @@ def legend(maps, names, colours, size, font, shares=False):
         rows[-1].pop()
         hidden += 1
     rows[-1] += [text_line(f"and {hidden} more", font)] if hidden else []
-    lines = [ImageOps.crop(joined(row, ROW), (0, margin)) for row in rows]
-    return joined(lines, COLUMN)
+    return joined([ImageOps.crop(joined(row, ROW), (0, margin)) for row in rows], COLUMN)
 
 
 def fitting(name, end, font, width):
