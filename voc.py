@@ -119,13 +119,23 @@ def opened(path, kind):
 
 def read_image(path):
     """The RGB image of a file, upright (EXIF), as uint8 [3, H, W] (channels last in memory)."""
+    return decode_image(path)[0]
+
+
+def read_label(path):
+    """The class indices of a label file, uint8 [H, W], as they lie in the file."""
+    return decode_label(path)[0]
+
+
+def decode_image(path):
+    """-> (the image, as of read_image; its EXIF orientation, 1 if it has none)"""
     with opened(path, "image") as image:
-        deep = ";16" in raw_mode(image)
+        deep, orientation = ";16" in raw_mode(image), image.getexif().get(0x0112, 1)
         ImageOps.exif_transpose(image, in_place=True)
         pixels = np.array(to_rgb(image, path))
         if deep and not pixels.any():  # Pillow keeps the upper byte
             raise UserError(NO_RANGE.format(path, 0, 255))
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return torch.from_numpy(pixels).permute(2, 0, 1), orientation
 
 
 def raw_mode(image):
@@ -153,8 +163,8 @@ def to_rgb(image, name="the image"):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_label(path):
-    """The class indices of a label file, uint8 [H, W], as they lie in the file."""
+def decode_label(path):
+    """-> (the label, as of read_label; its palette [r, g, b, r, g, b, ...], or None)"""
     with opened(path, "label") as image:
         raw = raw_mode(image).removesuffix("R").removesuffix(";")  # an order of bits
         kind = image.format if image.format != "TIFF" else f"{image.info.get('compression')} in TIFF"
@@ -169,25 +179,14 @@ def read_label(path):
             raise UserError(f"{path}: the label {problem}; export it anew as a palette or 8-bit grey PNG whose pixel "
                             "values are the classes")
         values = np.array(image).astype(np.uint8, copy=False)
-        return torch.from_numpy(values // FACTORS[raw] if raw in FACTORS else values)
+        return torch.from_numpy(values // FACTORS[raw] if raw in FACTORS else values), image.getpalette()
 
 
-def orientation(path):
-    """The EXIF orientation of an image file, 1 (upright) if it has none."""
-    with opened(path, "image") as image:
-        return image.getexif().get(0x0112, 1)
-
-
-def used_colours(path, used):
-    """{index: (r, g, b)} of those of the used indices, IGNORE aside, that have an entry in a label's palette; {} for
-    a palette that says nothing: one of greys, or of a single colour."""
-    with opened(path, "label") as image:
-        if image.mode != "P":
-            return {}
-        swatch = Image.new("P", (1, 1))  # the palette alone is decoded
-        swatch.putpalette(image.palette.palette, image.palette.rawmode or image.palette.mode)
-    table = list(zip(*[iter(swatch.getpalette())] * 3, strict=True))
-    colours = {int(index): table[index] for index in used if index < min(len(table), IGNORE)}
+def used_colours(table, used):
+    """{index: (r, g, b)} of those of the used indices, IGNORE aside, that have an entry in a palette; {} for one that
+    says nothing: none, one of greys, or of a single colour."""
+    length = min(len(table or ()) // 3, IGNORE)
+    colours = {index: tuple(table[3 * index:3 * index + 3]) for index in used if index < length}
     different = set(colours.values())
     return colours if len(different) > 1 and any(len(set(colour)) > 1 for colour in different) else {}
 
@@ -337,28 +336,32 @@ class VOC(Dataset):
         """(image uint8 [3, H, W], label uint8 [H, W])."""
         image_id = self.ids[index]
         image, label = read_image(self.image_path(image_id)), read_label(self.label_path(image_id))
-        if image.shape[1:] != label.shape:
-            turned = image.shape[:0:-1] == label.shape and orientation(self.image_path(image_id)) > 4
-            hint = ("EXIF turns the image: turn the label, too, or remove the orientation from the image" if turned
-                    else "they must be of one size")
-            raise UserError(f"{self.label_path(image_id)}: the label is {label.shape[1]}x{label.shape[0]} pixels, "
-                            f"its image {image.shape[2]}x{image.shape[1]}; {hint}")
+        self.compare(image_id, image, label)
         return image, label
 
-    def look(self, index, num_classes):
+    def compare(self, image_id, image, label, orientation=1):
+        """Raises UserError unless an image, of that EXIF orientation, and its label are of one size."""
+        if image.shape[1:] != label.shape:
+            hint = "they must be of one size"
+            if orientation > 4 and image.shape[:0:-1] == label.shape:
+                hint = "EXIF turns the image: turn the label, too, or remove the orientation from the image"
+            raise UserError(f"{self.label_path(image_id)}: the label is {label.shape[1]}x{label.shape[0]} pixels, "
+                            f"its image {image.shape[2]}x{image.shape[1]}; {hint}")
+
+    def look(self, image_id, num_classes):
         """-> (what is wrong, or None; a Look)"""
-        image_path, label_path = (path(self.ids[index]) for path in (self.image_path, self.label_path))
+        image_path, path = self.image_path(image_id), self.label_path(image_id)
         try:
-            label = self[index][1].numpy()
-            pixels = np.array(Image.fromarray(label).histogram())
-            used, turned = np.flatnonzero(pixels), orientation(image_path)
-            wrong = used[(used >= num_classes) & (used != IGNORE)]
-            if wrong.size:
-                raise UserError(f"{label_path}: label value {wrong[0]} is no class; valid are 0..{num_classes - 1}, "
-                                f"and {IGNORE} for pixels to ignore")
-            unseen = turned in (2, 3, 4) or turned != 1 and label.shape[0] == label.shape[1]
-            return None, Look(label.shape, pixels, used_colours(label_path, used), unseen, digest_of(image_path),
-                              label_path)
+            (image, orientation), (label, table) = decode_image(image_path), decode_label(path)
+            self.compare(image_id, image, label, orientation)
+            pixels = np.array(Image.fromarray(label.numpy()).histogram())
+            used = np.flatnonzero(pixels).tolist()
+            wrong = [value for value in used if num_classes <= value != IGNORE]
+            if wrong:
+                raise UserError(f"{path}: label value {wrong[0]} is no class; valid are 0..{num_classes - 1}, and "
+                                f"{IGNORE} for pixels to ignore")
+            unseen = orientation in (2, 3, 4) or orientation > 4 and label.shape[0] == label.shape[1]
+            return None, Look(label.shape, pixels, used_colours(table, used), unseen, digest_of(image_path), path)
         except (UserError, PermissionError) as error:
             return str(error), None
 
@@ -382,7 +385,7 @@ class VOC(Dataset):
         self.check_lines()
         ids = self.ids[:count]
         with ThreadPoolExecutor(usable_cores()) as pool:
-            found = pool.map(lambda index: self.look(index, num_classes), range(len(ids)))
+            found = pool.map(lambda image_id: self.look(image_id, num_classes), ids)
             looks = list(tqdm(found, f"checking {self.split}", len(ids), leave=False, disable=None))
         problems = [problem for problem, _ in looks if problem]
         if problems:

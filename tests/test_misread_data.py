@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from cli import UserError
 from data import split_by_seed, with_every_class
-from voc import CLASSES, VOC, palette, read_image, read_label
+from voc import CLASSES, VOC, decode_label, palette, read_image, read_label
 from weights import PLAIN_COMMAND, Checkpoint
 
 TRAIN, EVALUATE, PREDICT = (ROOT / f"{name}.py" for name in ("train", "evaluate", "predict"))
@@ -257,7 +257,7 @@ def test_twenty_photographs_train_with_every_class_in_both_lists(tmp_path):
     """Cats in two of twenty images. The labels are read once."""
     data = write(tmp_path / "data", [(1,)] * 2 + [(2,)] * 17 + [(2, 3)], names="ground\ncat\ndog\nowl\n")
     for seed in range(3):
-        with mock.patch("voc.read_label", side_effect=read_label) as reads, mock.patch(
+        with mock.patch("voc.decode_label", side_effect=decode_label) as reads, mock.patch(
                 "train.draw_data"), mock.patch("train.first_samples"):
             output = train(data, tmp_path / f"run{seed}", "--check", "--seed", seed).stdout
         assert reads.call_count == 20
