@@ -41,11 +41,14 @@ if PROG in COMMANDS:  # not where somebody imports a module of ours, say in a no
         sys.exit(f"{PROG}: error: runs on Linux; on Windows, use WSL2")
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # or a broken torch_npu breaks `import torch`
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else each failed try to connect prints a C++ stack
+    if PROG == "predict.py":  # oneDNN keeps 1,024 operators, of which each shape of image takes a network's own
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may swallow KeyboardInterrupt; `run` handles it
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun: if the launcher is killed, it saves and ends
         end_with_parent(signal.SIGTERM, PARENT)
-        if any(Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[2].glob("*/refused")):
+        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if file and any(Path(file).parents[2].glob("*/refused")):
             os._exit(1)  # an attempt before this one ended by an error that will not go away
     missing = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
     if missing:

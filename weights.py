@@ -101,7 +101,7 @@ class Checkpoint:
         """False if somebody edited a file of train.py into one that train.py does not write."""
         meta, training = self.meta, self.training
         there = {key: form for key, form in META.items() if meta.get(key) is not None}
-        if not fits(meta, there) or meta["backbone"] not in BACKBONES or any(
+        if not fits(meta, there) or any(
                 self.num_classes not in (None, len(meta[key])) for key in ("classes", "palette") if key in there):
             return False
         if training is None:
@@ -117,6 +117,8 @@ class Checkpoint:
         if self.num_classes is None:
             raise UserError(f"{self.source}: holds no trained network, it has none of {', '.join(CLASS_LAYERS)}; it "
                             "may do as a start: train.py --pretrained")
+        if self.backbone not in BACKBONES:
+            raise UserError(f"{self.source}: is of backbone {self.backbone}, which fcn8s.py here does not have")
         model = FCN8s(self.num_classes, self.backbone)
         model.use_form(self.form)
         if not self.holds("auxiliary_head."):
