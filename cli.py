@@ -21,7 +21,7 @@ from pathlib import Path
 COMMANDS = ("train.py", "evaluate.py", "predict.py", "export.py", "convert_voc_aug.py")
 PROG = Path(sys.argv[0]).name
 REQUIREMENTS = ("numpy", "PIL", "scipy", "tqdm", "matplotlib", "torch")  # modules of requirements.txt
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the last: Slurm's usual warning
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that this process gets when its parent ends
 PATIENCE = 1  # seconds that a process which is to stop waits for the reader of its output
 LARGEST = 2 ** 31  # limit of integer flags without another one
@@ -37,8 +37,11 @@ def end_with_parent(number, parent):
 
 
 if PROG in COMMANDS:  # not where somebody imports a module of ours, say in a notebook
-    if sys.platform == "win32":
-        sys.exit(f"{PROG}: error: runs on Linux; on Windows, use WSL2")
+    if sys.platform != "linux":  # macOS lacks /proc and prctl
+        sys.exit(f"{PROG}: error: runs on Linux; on Windows, use WSL2; on macOS, a Linux container")
+    for stop in STOP_SIGNALS if os.getpid() == 1 else ():  # in a container; a signal's default does not end process 1
+        if signal.getsignal(stop) is not signal.SIG_IGN:
+            signal.signal(stop, lambda number, frame: os._exit(128 + number))
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # or a broken torch_npu breaks `import torch`
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else each failed try to connect prints a C++ stack
     if PROG == "predict.py":  # oneDNN keeps 1,024 operators, of which each shape of image takes a network's own
@@ -123,6 +126,14 @@ def number(low, high=LARGEST, kind=int, without=()):
     return parse
 
 
+def device_list(text):
+    """An argparse type: `0,1,2` -> ["0", "1", "2"]."""
+    devices = [str(number(0)(part)) for part in text.split(",")]
+    if len(set(devices)) < len(devices):
+        raise argparse.ArgumentTypeError(f"takes each device once, not '{text}'")
+    return devices
+
+
 def class_weights(text):
     """An argparse type: a file with a number of at least 0 on each line -> tuple of float."""
     try:
@@ -152,8 +163,29 @@ def flag_or_env(flag, given, variable):
 # ---- processes
 
 def usable_cores():
-    """How many cores this process may use. A container or a scheduler may grant fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """How many cores this process may use: its affinity or a CPU quota (a container's, a scheduler's), rounded down."""
+    cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()]
+    for group in cpu_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # of control groups version 2 and 1
+            with contextlib.suppress(OSError):  # no such file
+                quota, period = " ".join((group / name).read_text() for name in names).split()
+                cores += [int(quota) // int(period)] if quota.isdecimal() else []  # "max", -1: none
+    return max(1, min(cores))
+
+
+def cpu_groups(listed, root):
+    """The folders of the control groups that share out this process's CPU time: its own, and those above it.
+
+    listed: lines such as 0::/job (version 2) and 4:cpu,cpuacct:/job (version 1). A container may not see /job: there
+    `root` itself is its group.
+    """
+    folders = []
+    for line in listed.read_text().splitlines() if listed.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "cpu" in controllers.split(","):
+            group = root / ("cpu" if controllers else "") / path.strip("/")
+            folders += [group, *group.parents]
+    return folders
 
 
 @contextlib.contextmanager
@@ -285,9 +317,12 @@ def message_of(error):
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     line = line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+    threads = isinstance(error, BlockingIOError) or "can't start new thread" in str(error)
     lost = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)  # the worker's end of a pipe
     if lost or "DataLoader worker (pid" in str(error):
         line = f"a process that loads images died ({first_line(error)}); if memory ran out, lower --workers"
+    elif threads:
+        line = f"no more threads or processes can be started ({line}); raise ulimit -u, or a container's limit of pids"
     elif isinstance(error, OSError):
         line = (f"{error.filename}: " if error.filename else "") + (error.strerror or line)
     elif not isinstance(error, UserError):

@@ -3,7 +3,6 @@
 torchrun, called by the user or by `launch`, starts the ranks. When one fails, it ends the others, and may restart all.
 docs/reliability.md says what was tried.
 """
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -11,8 +10,8 @@ import importlib.util
 import logging
 import os
 import platform
-import resource
 import signal
+import socket
 import sys
 import tempfile
 from datetime import timedelta
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from cli import (
     PARENT,
@@ -30,6 +30,7 @@ from cli import (
     Output,
     Parser,
     UserError,
+    device_list,
     first_line,
     first_to,
     flag_or_env,
@@ -40,8 +41,9 @@ from cli import (
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 KINDS = tuple(BACKENDS)  # in the order of --device auto
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES", "gpu": "CUDA_VISIBLE_DEVICES"}
-LARGE_WEIGHT = 2 ** 25  # values; only vgg16's fc6 has more, 2 ** 26.6
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # that torchrun sets
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # it sets this, too, and nothing else does
+RANKS = ("torchrun", "tasks")  # see `started`
 DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 29500  # torchrun's
 DEFAULT_TIMEOUT = 600  # seconds, NCCL's; enough for rank 0 to write a checkpoint while the others wait
 SAVING_TIME = 300  # seconds that a run has to save after a signal, before it is killed; torchrun's own are 30
@@ -86,31 +88,25 @@ def add_launch_flags(parser):
     return parser
 
 
-def device_list(text):
-    """An argparse type: `0,1,2` -> ["0", "1", "2"]."""
-    devices = [str(number(0)(part)) for part in text.split(",")]
-    if len(set(devices)) < len(devices):
-        raise argparse.ArgumentTypeError(f"takes each device once, not '{text}'")
-    return devices
-
-
 def check_device_flags(parser, args):
-    """Flags about processes that contradict each other are a usage error."""
-    wrong, size = wrong_variables(), os.environ.get("WORLD_SIZE", "")
-    if wrong and size not in ("", "1") and not args.device_list:
-        parser.error(f"WORLD_SIZE={size} is set as torchrun sets it, but {wrong[0]} is "
-                     f"'{os.environ.get(wrong[0], '')}'; start with torchrun or --device_list, or unset WORLD_SIZE")
+    """Flags about processes that contradict each other, or how this process was started, are a usage error."""
+    how, why = started(args)
+    if how in ("srun", "operator"):
+        once = "srun --ntasks-per-node=1 " if how == "srun" else ""
+        parser.error(f"{why}: this would be one of several processes, each alone; start one on each machine, {once}"
+                     f"python {PROG} --device_list 0,1,.., with --nnodes --node_rank --master_addr if they are several "
+                     f"(docs/several-cards.md), or unset {why.partition('=')[0]}")
     useless = {}  # {flag: why it has no effect}
-    if args.device_list or under_torchrun():
+    if args.device_list or how in RANKS:
         useless["device_id"] = "with --device_list or torchrun: each process has its own device"
     else:
         useless["timeout"] = "without --device_list: there is nobody to wait for"
     if not must_launch(args):
         launch_flags = vars(add_launch_flags(Parser(add_help=False)).parse_args([]))
         useless.update(dict.fromkeys(launch_flags, "without --device_list, nor with torchrun, which has its own"))
-    for flag, why in useless.items():
+    for flag, reason in useless.items():
         if getattr(args, flag) is not None:
-            parser.error(f"--{flag} {getattr(args, flag)} has no effect {why}")
+            parser.error(f"--{flag} {getattr(args, flag)} has no effect {reason}")
     nodes, node_rank = args.nnodes or 1, args.node_rank or 0
     if node_rank >= nodes or nodes > 1 and None in (args.master_addr, args.node_rank):
         parser.error(f"--nnodes {nodes} takes --node_rank 0 to {nodes - 1}, and if above 1 needs it and --master_addr")
@@ -119,38 +115,58 @@ def check_device_flags(parser, args):
 
 # ---- how this process was started
 
-def wrong_variables():
-    """Those of torchrun's variables that are not set as it sets them; none in its ranks."""
+def started(args):
+    """How this process was started: (how, the variable that says so or ""). The flag --nnodes overrules an operator.
+
+    torchrun: as a rank, by torchrun, which the user or `launch` called
+    tasks: as a rank, by anything else that sets all of torchrun's variables, say srun with a task a card
+    srun: as one of several tasks that know nothing of each other
+    operator: on one of several machines that an operator counts, say of Kubernetes or Ascend's MindCluster
+    alone: in any other way
+    """
     values = {name: os.environ.get(name, "") for name in VARIABLES}
-    return [name for name, value in values.items() if not (value.isdecimal() or name == "MASTER_ADDR" and value)]
-
-
-def under_torchrun():
-    """True if torchrun, or something that sets all of its variables, started this process."""
-    return not wrong_variables()
+    wrong = [name for name, value in values.items() if not (value.isdecimal() or name == "MASTER_ADDR" and value)]
+    if TORCHRUN in os.environ:
+        return "torchrun", ""
+    if args.nnodes:
+        return "alone", ""
+    if not wrong and int(values["WORLD_SIZE"]) > 1:
+        return "tasks", ""
+    most = {"RANK": 0, "WORLD_SIZE": len(args.device_list or "1"), "PET_NNODES": 1}  # on a single machine
+    if not values["RANK"]:
+        most["SLURM_STEP_NUM_TASKS"] = 1
+    for name, limit in most.items():
+        value = os.environ.get(name, "")
+        count = value.rpartition(":")[2]  # PET_NNODES may be 1:2
+        if value and not (count.isdecimal() and int(count) <= limit):
+            but = f", but {wrong[0]} is '{values[wrong[0]]}'" if wrong and name in values else ""
+            return "srun" if name.startswith("SLURM") else "operator", f"{name}={value} is set{but}"
+    return "alone", ""
 
 
 def must_launch(args):
     """True if this process must launch the ranks itself."""
-    return args.device_list is not None and not under_torchrun()
+    return args.device_list is not None and started(args)[0] not in RANKS
 
 
 # ---- the device
 
-def choose_device(name="auto", device_id=None, local_rank=0):
+def choose_device(name="auto", device_id=None, local_rank=None):
     """The torch.device for a --device flag: npu, cuda (or gpu), cpu; `auto` takes the first of these that exists.
 
     device_id: which of several; None: the one of the local rank. There is one CPU, which ranks share.
+    local_rank: None if this process is no rank
     """
     name = kind_of(name)
-    if name == "npu" and not under_torchrun():
+    if name == "npu" and local_rank is None:
         device_id = flag_or_env("--device_id", device_id, "ASCEND_DEVICE_ID")
     if device_id is None:
-        device_id = 0 if name == "cpu" else local_rank
+        device_id = 0 if name == "cpu" else local_rank or 0
     count = getattr(torch, name).device_count()
     if device_id >= count:
         raise UserError(f"there is no {name} device {device_id}; there are {count}, counted from 0; change --device_id "
                         "(on an NPU ASCEND_DEVICE_ID) or the number of processes")
+    limit_threads()
     if name == "cpu":
         return torch.device("cpu")
     device = torch.device(name, device_id)
@@ -186,6 +202,12 @@ def problem(kind):
     return None if torch.npu.is_available() else "torch_npu sees no NPU"
 
 
+def limit_threads(processes=1):
+    """Gives PyTorch no more threads than this process's share of the cores, which by itself counts the machine's."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, usable_cores() // processes)))
+
+
 def describe(device, asked):
     """A description of the device. asked: the --device flag; for `auto` it says why the earlier kinds were skipped."""
     facts = [f"{platform.machine()}, {torch.get_num_threads()} threads" if device.type == "cpu" else
@@ -193,35 +215,6 @@ def describe(device, asked):
     if asked == "auto":
         facts += [f"no {kind}: {problem(kind)}" for kind in KINDS[:KINDS.index(device.type)]]
     return f"{device} ({'; '.join(facts)})"
-
-
-def synchronize(device):
-    """Waits until the device has finished its queued work, so that a clock can be read."""
-    getattr(torch, device.type).synchronize(device)
-
-
-def peak_memory(device):
-    """The most memory that tensors held on the device, in bytes. On a CPU, the most that the process held."""
-    if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    return getattr(torch, device.type).max_memory_allocated(device)
-
-
-def memory_format(device):
-    """Channels last, in which convolutions are faster, except on an NPU: its operators take contiguous tensors alone,
-    so that torch_npu would copy every other."""
-    return torch.contiguous_format if device.type == "npu" else torch.channels_last
-
-
-def place(model, device):
-    """Moves a network to the device, its weights in the memory format that is fastest there, and returns it."""
-    model = model.to(device, memory_format=memory_format(device))
-    if device.type == "cpu":
-        # oneDNN leaves gradients contiguous: to convert those of vgg16's fc6, 400 MB, is a sixth of a step.
-        for parameter in model.parameters():
-            if parameter.numel() > LARGE_WEIGHT:
-                parameter.data = parameter.data.contiguous()
-    return model
 
 
 @contextlib.contextmanager
@@ -275,8 +268,10 @@ def launch(args, script):
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_TIME))  # PyTorch 2.6 always waits 30 s
     # torchrun would set 1. These are the cores that each rank has.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // len(devices))))
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup, which torchrun would undo
-        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
+    for name in [name for name in os.environ if name.startswith("PET_")]:
+        del os.environ[name]  # an operator's, for torchrun; flags here would not win over all of them
+    stops = [stop.name for stop in STOP_SIGNALS if signal.getsignal(stop) is not signal.SIG_IGN]  # as by nohup
+    os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join([*stops, "SIGQUIT"])
     logging.disable(logging.CRITICAL)  # torchrun's report; the ranks say what is wrong
     if args.local_addr:
         os.environ.setdefault("HCCL_IF_IP", args.local_addr)
@@ -285,7 +280,7 @@ def launch(args, script):
     if devices != args.device_list:
         flags += ["--device_list", ",".join(devices)]
     if not (args.master_addr or args.master_port):
-        own.append("--standalone")
+        own += ["--standalone", f"--local_addr={args.local_addr or DEFAULT_ADDRESS}"]  # the host's name may not resolve
     # A machine tries to reach machine 0 twice, each time for the whole of torchrun's timeout.
     timeout = max(1, args.timeout // 2) if args.node_rank else args.timeout
     address, port = args.master_addr or DEFAULT_ADDRESS, args.master_port or DEFAULT_PORT
@@ -299,10 +294,10 @@ def launch(args, script):
             return 128 + stopped.sigval
         except ChildFailedError as error:
             return status_of(error.failures)
-        except RuntimeError as error:
+        except (RuntimeError, RendezvousError) as error:
             if "EADDRINUSE" in str(error):
                 raise UserError(f"port {port} is in use on this machine; name another by --master_port") from None
-            if isinstance(error, dist.DistError):  # a machine that does not answer or does not come
+            if isinstance(error, dist.DistError | RendezvousError):  # a machine that does not answer or does not come
                 raise UserError(f"could not meet the other machines at {address}:{port} within {args.timeout} s, the "
                                 f"--timeout ({first_line(error)})") from None
             raise
@@ -318,7 +313,8 @@ def status_of(failures):
     for rank, failure in sorted(failures.items()):
         code = failure.exitcode
         if code < 0 and -code not in STOP_SIGNALS:
-            print(f"{PROG}: error: rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
+            print(f"{PROG}: error: rank {rank} was killed by {failure.signal_name()}; if memory ran out, lower "
+                  "--batch_size or --workers", file=sys.stderr)
             code = 128 - code
         statuses.append(code)
     # A stop comes first, which its peers fail of; then a crash. Negative: torchrun's SIGTERM, to a failed rank's peers.
@@ -330,8 +326,8 @@ def status_of(failures):
 class Ranks:
     """The processes of one run, and this one's place among them; alone it is rank 0 of 1.
 
-    count: the world size; here: how many of them are on this machine; local_rank: which of those this is
-    pids: the process ids of those on this machine
+    count: the world size; here: how many of them share this machine's cores; local_rank: which of those this is
+    pids: their process ids, under torchrun
     """
     device: torch.device
     rank: int = 0
@@ -366,12 +362,12 @@ class Ranks:
 
 def join_ranks(args):
     """Chooses this process's device. Under torchrun, waits for the other ranks, at most --timeout seconds. -> Ranks"""
-    if not under_torchrun():
+    how, _ = started(args)
+    if how not in RANKS:
         return Ranks(choose_device(args.device, args.device_id))
     if args.device_list:
         visible_devices(args.device, args.device_list)
-    rank, local_rank, count, here = (int(os.environ.get(name) or 1) for name in (
-        "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    rank, local_rank, count = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = choose_device(args.device, local_rank=local_rank)
     if count == 1:
         return Ranks(device)
@@ -387,13 +383,17 @@ def join_ranks(args):
         raise ConnectionError(None, f"rank {rank} could not meet the other processes at {where} within {args.timeout} "
                                     f"s ({first_line(error)})") from None
     signal.signal(signal.SIGINT, interrupt)
-    pids = [0] * count
-    dist.all_gather_object(pids, os.getpid())
-    return Ranks(device, rank, count, local_rank, here, tuple(pids[rank - local_rank:][:here]))
+    mine = os.getpid(), socket.gethostname(), os.sched_getaffinity(0)
+    ranks = [None] * count
+    dist.all_gather_object(ranks, mine)
+    # srun gives each task cores of its own, or all tasks of a machine the same.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or sum(other[1:] == mine[1:] for other in ranks))
+    limit_threads(here)
+    return Ranks(device, rank, count, local_rank, here, tuple(pid for pid, *_ in ranks[rank - local_rank:][:here]))
 
 
 class Stop:
-    """The stop signals: SIGTERM, SIGINT, and SIGHUP unless nohup ignores it. A context that restores their handlers.
+    """STOP_SIGNALS, unless they are ignored, as SIGHUP by nohup. A context that restores their handlers.
 
     At first, and during an evaluation, a signal ends the process at once: everything is saved. While `deferred`,
     `agreed` tells all ranks to stop after the same iteration.
@@ -456,9 +456,10 @@ class Stop:
 
         If a rank has died, the signal is torchrun's, to the peers of a failed rank, and it may restart them.
         """
-        if not all(os.path.exists(f"/proc/{pid}") for pid in self.ranks.pids):
-            return 1
-        # Once a machine: torchrun, which may have it from the user already, leaves its ranks alone at the third.
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == PARENT and first_to("stopped"):
-            os.kill(PARENT, number)
+        if TORCHRUN in os.environ:
+            if not all(os.path.exists(f"/proc/{pid}") for pid in self.ranks.pids):
+                return 1
+            # Once a machine: torchrun, which may have it from the user already, leaves its ranks alone at the third.
+            if os.getppid() == PARENT and first_to("stopped"):
+                os.kill(PARENT, number)
         return 128 + number

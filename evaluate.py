@@ -12,6 +12,7 @@ from cli import MAX_BATCH, PROG, Parser, UserError, file_path, number, run  # is
 
 import device
 import visualize
+from amp import place
 from data import check_scored, open_split, val_batches
 from files import as_json, check_no_overlap, check_writable, output_file, remove_leftovers
 from inference import Protocol, add_protocol_flags, check_protocol, evaluate
@@ -82,7 +83,7 @@ def main(args):
         sizes, notes = ranks.once_a_machine(
             lambda: check_scored(data, names, args.max_images, (digests or {}).get("train", ())))
         protocol.check(sizes)
-        model = device.place(model, ranks.device)
+        model = place(model, ranks.device)
         if ranks.rank == 0:
             where = f"{ranks.count} x {device.describe(ranks.device, args.device)}"
             print(f"{checkpoint.backbone} from {checkpoint.source}: {checkpoint.kind}\n{len(sizes)} {what}, "

@@ -117,7 +117,7 @@ class VGG16(nn.Module):
                 x = F.relu(self.get_submodule(f"conv{stage}_{index}")(x), inplace=True)
             x = F.max_pool2d(x, 2, stride=2, ceil_mode=True)
             pools.append(x)
-        # Contiguous, as fc6's weight may be (device.place): a convolution would convert the weight to x's format.
+        # Contiguous, as fc6's weight may be (amp.place): a convolution would convert the weight to x's format.
         x = F.dropout(F.relu(self.fc6(x.contiguous()), inplace=True), self.DROPOUT, self.training)
         x = F.dropout(F.relu(self.fc7(x), inplace=True), self.DROPOUT, self.training)
         return pools[2], pools[3], x

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import visualize
-from amp import AMP_DTYPES, convolutions, name_of
+from amp import AMP_DTYPES, convolutions, name_of, place
 from cli import MAX_SIDE, UserError, first_line, number
-from device import choose_device, place
+from device import choose_device
 from metrics import confusion_matrix
 from transforms import fit_into, prepare, prepare_batch, scaled_size, visible
 from voc import palette, read_image, to_rgb

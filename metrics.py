@@ -1,12 +1,12 @@
 """The confusion matrix, its scores and their table; the speed of a training."""
 import math
+import resource
 import time
 import unicodedata
 
 import numpy as np
 import torch
 
-from device import synchronize
 from voc import IGNORE
 
 WARM_UP_ITERS = 5  # that a measurement of speed leaves out: they choose kernels and fill caches
@@ -81,6 +81,18 @@ def class_table(classes, columns):
 def summary(scores):
     """The three means as text; `-` for NaN."""
     return "  ".join(f"{name} {number(scores[name], '.2f')}" for name in MEANS)
+
+
+def synchronize(device):
+    """Waits until the device has finished its queued work, so that a clock can be read."""
+    getattr(torch, device.type).synchronize(device)
+
+
+def peak_memory(device):
+    """The most memory that tensors held on the device, in bytes. On a CPU, the most that the process held."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return getattr(torch, device.type).max_memory_allocated(device)
 
 
 class Speed:

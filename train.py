@@ -31,6 +31,7 @@ from amp import (
     convolutions,
     ddp_settings,
     fused_sgd,
+    place,
 )
 from data import first_samples, open_checked, train_batches, val_batches
 from device import (
@@ -40,13 +41,11 @@ from device import (
     join_ranks,
     launch,
     must_launch,
-    peak_memory,
-    place,
     readable_errors,
 )
 from fcn8s import BACKBONES, DEFAULT_BACKBONE, FCN8s
 from inference import Protocol, check_scales, draw, draw_data, evaluate
-from metrics import WARM_UP_ITERS, Speed, scores_of
+from metrics import WARM_UP_ITERS, Speed, peak_memory, scores_of
 from transforms import prepare_batch
 from voc import IGNORE, palette
 from weights import load_resumed, load_start, resume

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from device import memory_format
+from amp import memory_format
 from voc import IGNORE
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet's RGB values in 0..255

@@ -18,12 +18,12 @@ from apex import optimizers
 from conftest import ROOT, environment, error_line, metrics, run, state, train_flags
 from spoiled_steps import spoiled
 
-import device
+import amp
 import inference
 import train
-from amp import ApexPrecision, choose_precision, fused_sgd
+from amp import ApexPrecision, choose_precision, fused_sgd, place
 from data import val_batches
-from device import Ranks, place
+from device import Ranks
 from fcn8s import FCN8s
 from inference import Protocol, evaluate
 from metrics import MEANS
@@ -111,7 +111,7 @@ def cpu_run(drawn_voc, tmp_path_factory):
     """The folder of a run on the CPU, its tensors contiguous as an NPU's are: another layout rounds otherwise."""
     work_dir = tmp_path_factory.mktemp("cpu") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "memory_format", lambda device: torch.contiguous_format)
+        patch.setattr(amp, "memory_format", lambda device: torch.contiguous_format)
         tiny_train(drawn_voc, work_dir, "--device", "cpu")
     return work_dir
 

@@ -16,7 +16,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("environment, words", [
-    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set as torchrun sets it, but RANK is ''"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but RANK is ''"),
     ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "but MASTER_PORT is ''"),
     ({"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "WORLD_SIZE=two")])
 def test_a_part_of_a_schedulers_variables_is_one_line(environment, words, drawn_voc, tmp_path):

@@ -45,7 +45,7 @@ LOCAL = [command for command in ALL if re.match(r"python (predict|evaluate|expor
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_is_in_fences_with_a_language(page):
-    assert all(language in ("bash", "python", "text") for language, _ in fences(page))
+    assert all(language in ("bash", "python", "text", "sh", "yaml") for language, _ in fences(page))
     assert not [token for token in tokens(page) if token.type == "code_block"]  # indented
     for text in (child.content for child in inline(page) if child.type == "text"):
         assert not re.search(r"--\w|\b(python3?|bash|pip|torchrun) \S+\.(py|sh|txt)\b", text), text
@@ -130,7 +130,8 @@ def test_both_languages_have_the_same_code_and_pictures(english, chinese):
 def test_every_flag_that_a_page_names_is_there():
     known = "".join(run(ROOT / f"{name}.py", "--help").stdout for name in PARSED)
     known += (ROOT / "tools/benchmark.py").read_text() + (ROOT / "tools/stress.py").read_text()
-    others = {"--peers", "--val", "--labels", "--nproc_per_node", "--help", "--noheader", "--python", "--shm"}
+    others = {"--peers", "--val", "--labels", "--nproc_per_node", "--help", "--noheader", "--python", "--shm",
+              "--nodes", "--ntasks", "--cpus", "--gres", "--signal", "--requeue"}  # the second line: of sbatch
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", page.read_text()))
         missing = {flag for flag in named - others if flag not in known}

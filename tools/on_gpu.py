@@ -27,7 +27,8 @@ import train
 import transforms
 from amp import bn_layers, choose_precision
 from data import open_training, train_batches
-from device import Ranks, choose_device, peak_memory, synchronize
+from device import Ranks, choose_device
+from metrics import peak_memory, synchronize
 
 COLUMNS = ("pair", "way", "ms a step, each turn", "images/s", "peak memory", "loss after 20 steps", "note")
 MINUTES = 9  # after which a part is ended

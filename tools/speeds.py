@@ -18,12 +18,12 @@ from draw_voc import draw_data_set
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from amp import BatchNormGuard, choose_precision, fused_sgd
+from amp import BatchNormGuard, choose_precision, fused_sgd, memory_format, place
 from data import TrainStream, train_batches, val_batches
-from device import Ranks, choose_device, describe, memory_format, peak_memory, place, synchronize
+from device import Ranks, choose_device, describe
 from fcn8s import FCN8s
 from inference import Protocol, evaluate
-from metrics import confusion_matrix, scores_of
+from metrics import confusion_matrix, peak_memory, scores_of, synchronize
 from transforms import TrainAugmentation, prepare, resize_image
 from voc import CLASSES, IGNORE, VOC, read_image
 

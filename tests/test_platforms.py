@@ -1,0 +1,209 @@
+"""Where it really runs: the variables of Slurm, of operators of Kubernetes, of Ascend's MindCluster; containers."""
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    environment,
+    finish,
+    free_port,
+    left_of,
+    run,
+    train_flags,
+    wait_for_iteration,
+)
+
+import cli
+import device
+import evaluate
+import train
+
+MEETING = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+KUBERNETES = {**MEETING, "WORLD_SIZE": "4", "RANK": "1"}  # counts machines
+MINDCLUSTER = {**MEETING, "WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0,1,2,3", "LOCAL_WORLD_SIZE": "4"}
+ONE_CARD = {**MEETING, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+MACHINES = ("--nnodes", "2", "--node_rank", "1", "--master_addr", "10.0.0.1")
+CPUS = ("--device", "cpu", "--device_list", "0,1")
+TORCHRUN = {**ONE_CARD, "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
+
+
+@pytest.fixture
+def parsed(monkeypatch, capsys):
+    """parsed(variables, *flags) -> (train.py's flags in that environment, None), or (None, the error)"""
+    def parse(variables, *flags):
+        for name in [name for name in os.environ if name.startswith(("SLURM", "PET_"))] + [*TORCHRUN]:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        try:
+            return train.parse_args(["--data_path", "data", *flags]), None
+        except SystemExit as ended:
+            assert ended.code == 2
+            return None, capsys.readouterr().err
+    return parse
+
+
+@pytest.mark.parametrize("variables, flags", (
+    (KUBERNETES, CPUS), (KUBERNETES, ()), ({**KUBERNETES, "RANK": "0"}, CPUS), ({**KUBERNETES, "RANK": "0"}, ()),
+    ({"RANK": "1"}, CPUS), (MINDCLUSTER, CPUS), ({**MINDCLUSTER, "RANK": "1"}, ("--device_list", "0,1,2,3")),
+    ({"PET_NNODES": "2"}, CPUS), ({"PET_NNODES": "1:2"}, CPUS), ({"PET_NNODES": "2", **ONE_CARD}, ())))
+def test_a_pod_that_would_train_alone_is_an_error_that_names_the_flags(variables, flags, parsed):
+    _, error = parsed(variables, *flags)
+    assert all(flag in error for flag in ("--device_list", "--nnodes", "--node_rank", "--master_addr"))
+    assert error.count("\n") == 1
+    args, _ = parsed(variables, *CPUS, *MACHINES)
+    assert train.must_launch(args)
+
+
+@pytest.mark.parametrize("variables, flags", (
+    ({**MINDCLUSTER, "WORLD_SIZE": "2", "LOCAL_RANK": "0,1"}, CPUS), (MINDCLUSTER, ("--device_list", "0,1,2,3")),
+    (ONE_CARD, CPUS), ({**ONE_CARD, "WORLD_SIZE": "2"}, (*CPUS, *MACHINES)), ({"PET_NNODES": "1"}, CPUS),
+    ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, CPUS),
+    ({"SLURM_STEP_NUM_TASKS": "2"}, (*CPUS, *MACHINES))))
+def test_a_list_of_devices_is_launched(variables, flags, parsed):
+    args, error = parsed(variables, *flags)
+    assert error is None and train.must_launch(args)
+
+
+@pytest.mark.parametrize("variables", (TORCHRUN, {**TORCHRUN, "PET_NNODES": "2", "SLURM_STEP_NUM_TASKS": "2"},
+                                       {**ONE_CARD, "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"}))
+def test_a_rank_launches_nothing_and_has_its_own_device(variables, parsed):
+    """Of torchrun by its mark, of srun with a task a card by a complete set of whole numbers."""
+    for flags in ((), CPUS):
+        args, error = parsed(variables, *flags)
+        assert error is None and not train.must_launch(args)
+    assert "each process has its own device" in parsed(variables, "--device_id", "0")[1]
+
+
+def test_tasks_of_srun_that_know_nothing_of_each_other_are_an_error_with_the_right_command(parsed):
+    for flags in ((), CPUS):
+        _, error = parsed({"SLURM_STEP_NUM_TASKS": "2"}, *flags)
+        assert "srun --ntasks-per-node=1 python " in error and "--device_list 0,1,.." in error and "--nnodes" in error
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["file", "--data_path", "data"])
+    assert parsed({"SLURM_STEP_NUM_TASKS": "2", "RANK": "0"})[1] is None
+
+
+def test_a_pod_of_one_card_trains_evaluates_and_takes_a_device(drawn_voc, tmp_path):
+    flags = ("--device_id", 0, "--max_iters", 1)
+    run(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), *flags, env=ONE_CARD)
+    run(ROOT / "evaluate.py", tmp_path / "run/ckpt/best.pth", "--data_path", drawn_voc, "--device", "cpu",
+        "--device_id", 0, env=ONE_CARD)
+
+
+@pytest.mark.parametrize("listed, files, cores", (
+    ("1:name=systemd:/a\n0::/job\n", {}, 16),
+    ("0::/slurm/job\n", {"slurm/job/cpu.max": "max 100000\n"}, 16),
+    ("0::/slurm/job\n", {"slurm/job/cpu.max": "900000 100000\n", "slurm/cpu.max": "350000 100000\n"}, 3),
+    ("0::/of/the/host\n", {"cpu.max": "50000 100000\n"}, 1),
+    ("3:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "200000\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, 2),
+    ("3:cpuacct,cpu:/host\n", {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+    ("3:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, 16),
+    ("7:memory:/x\n", {"cpu/x/cpu.cfs_quota_us": "200000", "cpu/x/cpu.cfs_period_us": "100000"}, 16)))
+def test_the_smallest_of_affinity_and_cpu_quotas_counts(listed, files, cores, tmp_path, monkeypatch):
+    """Of control groups version 2 and 1, and of the groups above; a container sees its own as the root."""
+    for path, text in {**files, "listed": listed}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    groups = cli.cpu_groups(tmp_path / "listed", tmp_path)
+    monkeypatch.setattr(cli, "cpu_groups", lambda listed, root: groups)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    assert cli.usable_cores() == cores
+
+
+def test_a_process_takes_no_more_threads_than_its_share_of_the_cores(monkeypatch):
+    """Unless OMP_NUM_THREADS says how many; never more than before."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(device, "usable_cores", lambda: 4)
+    try:
+        torch.set_num_threads(8)
+        device.choose_device("cpu")
+        assert torch.get_num_threads() == 8  # the tests set OMP_NUM_THREADS
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        seen = []
+        for act in (lambda: device.choose_device("cpu"), lambda: device.limit_threads(2),
+                    lambda: device.limit_threads(9), lambda: device.choose_device("cpu")):
+            act()
+            seen.append(torch.get_num_threads())
+        assert seen == [4, 2, 1, 1]
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- real processes
+
+@pytest.fixture
+def page():
+    """The scripts of docs/several-cards.md: page("sbatch") is the one that begins with a text or holds it."""
+    fences = re.findall(r"```(?:sh|yaml)\n(.*?)```", (ROOT / "docs/several-cards.md").read_text(), re.DOTALL)
+    return lambda words: next(fence for fence in fences if words in fence)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A folder of stand-ins for the PATH: srun starts a task for each machine, scontrol writes what it is told."""
+    (tmp_path / "bin").mkdir()
+    stand_ins = {"srun": SRUN, "scontrol": f'[[ $1 != show ]] || echo 127.0.0.1\necho "$@" >> {tmp_path}/scontrol'}
+    for name, script in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    return tmp_path / "bin"
+
+
+SRUN = """
+shift  # --cpus-per-task
+export SLURM_STEP_NUM_TASKS=$SLURM_NNODES
+tasks=()
+for ((SLURM_NODEID = 0; SLURM_NODEID < SLURM_NNODES; SLURM_NODEID++)); do
+    export SLURM_NODEID SLURM_PROCID=$SLURM_NODEID
+    "$@" &
+    tasks+=($!)
+    echo "task $SLURM_NODEID is $!"
+done
+for task in "${tasks[@]}"; do
+    wait "$task"
+    ended=$?
+    status=$((ended > status ? ended : status))
+done
+exit $status
+"""
+
+
+def on_the_cpu(script, data, work_dir):
+    """A script of the page with a small network, one process a machine, and that data and work folder."""
+    flags = shlex.join(map(str, (*train_flags(data, work_dir), "--max_iters", 100_000, "--eval_interval", 100_000,
+                                 "--workers", 0, "--device_list", 0)))
+    return re.sub(r"--data_path=\S+", flags, re.sub(r"--work_dir=\S+", "", script))
+
+
+def shell(script, cwd, variables):
+    """Starts bash with a script, in a session of its own. -> subprocess.Popen"""
+    own = {name: value for name, value in environment().items() if not name.startswith(("SLURM", "PET_"))}
+    return subprocess.Popen(["bash", "-c", script], cwd=cwd, env={**own, "PYTHON": sys.executable, **variables},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def test_the_slurm_job_of_the_page_is_put_back_when_one_of_two_machines_is_drained(page, cluster, drawn_voc, tmp_path):
+    """SIGTERM to the second task alone, which `exec` hands to the launcher: both machines end soon, all is saved."""
+    script, work_dir = page("#SBATCH"), tmp_path / "run"
+    assert all(f"\n#SBATCH {words}\n" in script for words in ("--signal=TERM@300", "--requeue", "--ntasks-per-node=1"))
+    job = shell(on_the_cpu(script, drawn_voc, work_dir), ROOT, {
+        "PATH": f"{cluster}:{os.environ['PATH']}", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": str(next(port for port in iter(free_port, None) if port > 20_000) - 20_000),
+        "SLURM_CPUS_PER_TASK": "1"})
+    tasks = [int(job.stdout.readline().split()[-1]) for _ in range(2)]
+    wait_for_iteration(job, work_dir, 2)
+    os.kill(tasks[1], signal.SIGTERM)
+    since = time.monotonic()
+    output = finish(job, 128 + signal.SIGTERM)
+    assert time.monotonic() - since < 15
+    assert "stopped by SIGTERM at iteration" in output and ", which is saved" in output
+    assert not left_of(job, work_dir)
+    assert "requeue" in (tmp_path / "scontrol").read_text()
