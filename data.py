@@ -135,10 +135,9 @@ def look_over(data, parts, looks):
     here, there = (seen[name]["images"][:len(data.classes)] for name in ("train", "val"))
     how = {"": "--val_split LIST takes another one; without lists, --seed and --val_fraction draw one",
            DRAWN: "another --seed or --val_fraction draws another one"}.get(data.origin, "a new run draws another one")
-    for split, lacks in ((val, (here > 0) & (there == 0)), (train, (there > 0) & (here == 0))):
-        if lacks.any():
-            absent = first_of([data.classes[index] for index in np.flatnonzero(lacks)], ", ")
-            more.append(f"the list '{split}' lacks {absent} of the other list; {how}")
+    absent = [data.classes[index] for index in np.flatnonzero((here > 0) & (there == 0))]
+    if absent:
+        more.append(f"the list '{val}' lacks {first_of(absent, ', ')} of the list '{train}'; {how}")
     alone = [data.classes[index] for index in np.flatnonzero((here == 1) & (there == 0))]
     if alone and data.origin == DRAWN:
         more.append(f"a single image has {first_of(alone, ', ')}: it is trained on")
