@@ -173,7 +173,7 @@ class Predictor:
     def probabilities(self, photograph):
         """The probability of each class in each pixel: NumPy float16 [C, H, W].
 
-        It takes 500 MB for 12 megapixels and 21 classes, and is computed in strips, so that the peak is little higher.
+        It takes 500 MB for 12 megapixels and 21 classes. The strips in which it is computed take as much again.
         """
         return classify(self.model, image_of(photograph), self.protocol, self.device, probabilities)
 
