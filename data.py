@@ -361,4 +361,5 @@ def collate(samples):
         if "/torch_" not in str(error):  # a file in /dev/shm
             raise
         raise UserError(f"no shared memory is left for batches ({first_line(error)}); give more (docker run "
-                        "--shm-size=8g), or --workers 0") from None
+                        "--shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm), or --workers 0"
+                        ) from None

@@ -11,6 +11,7 @@ import shlex
 import warnings
 import zipfile
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 
@@ -253,9 +254,13 @@ def load_start(model, pretrained, at_once, classes):
 def download(url, what, instead):
     """The content of a URL, its hash checked, by way of torch.hub's folder. An error says what to do instead."""
     try:
+        if torch.hub.get_dir().startswith("~"):
+            raise OSError("the home folder is not known")
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except OSError as error:
-        raise UserError(f"{what} cannot be downloaded ({error}); fetch {url} elsewhere and {instead}") from None
+        network = isinstance(error, URLError | ConnectionError | TimeoutError)
+        folder = "" if network else "set TORCH_HOME to a folder that can be written to, or "
+        raise UserError(f"{what} cannot be downloaded ({error}); {folder}fetch {url} elsewhere and {instead}") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"the download of {what} is damaged ({first_line(error)}); delete it in "
                         f"{torch.hub.get_dir()}/checkpoints and try again") from None

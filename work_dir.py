@@ -95,8 +95,8 @@ class WorkDir(contextlib.ExitStack):
             self.lock_file.seek(0)
             raise UserError(f"{self.path}: {self.lock_file.read().strip() or 'another process'} runs in this folder; "
                             "wait for its end, or name another folder by --work_dir") from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            self.log(f"note: the file system of {self.path} has no locks ({error.strerror}); one run at a time")
         self.lock_file.truncate(0)
         self.lock_file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self.lock_file.flush()

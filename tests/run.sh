@@ -4,7 +4,8 @@
 set -euo pipefail
 here=$(dirname "$0")
 source "$here/../env_npu.sh"
-modules=(numpy scipy PIL tqdm matplotlib torchvision pytest sklearn cv2 xdist onnx onnxruntime tensorboard markdown_it ruff)
+modules=(numpy scipy PIL tqdm matplotlib torchvision pytest sklearn cv2 xdist onnx onnxruntime tensorboard markdown_it yaml
+    ruff)
 
 if [[ ${1-} == --peers ]]; then
     shift

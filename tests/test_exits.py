@@ -128,17 +128,19 @@ def test_only_the_first_rank_of_a_machine_prints_and_none_once_the_launcher_is_g
     assert not cli.first_to("failed")
 
 
-@pytest.mark.parametrize("ignored, statuses", ((False, [128 + signal.SIGHUP]), (True, [])))
-def test_a_hangup_is_a_stop_unless_nohup_ignores_it(ignored, statuses):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+@pytest.mark.parametrize("number", (signal.SIGHUP, signal.SIGUSR1))
+@pytest.mark.parametrize("ignored", (False, True))
+def test_a_hangup_or_slurms_warning_is_a_stop_unless_it_is_ignored(ignored, number):
+    """As nohup ignores the first."""
+    before = signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     ended = []
     with device.Stop(device.Ranks(torch.device("cpu"))):
         try:
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(number)
         except SystemExit as ending:
             ended.append(ending.code)
-    signal.signal(signal.SIGHUP, before)
-    assert ended == statuses
+    signal.signal(number, before)
+    assert ended == ([] if ignored else [128 + number])
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))

@@ -5,9 +5,9 @@ import pytest
 from conftest import ROOT, assert_same_run, error_line, finish, free_port, run, start, train, train_flags
 
 TRAIN = ROOT / "train.py"
-WINDOWS = """
+ELSEWHERE = """
 import argparse, importlib.util, logging, multiprocessing, runpy, subprocess, sys, tempfile
-sys.platform = "win32"
+sys.platform = {platform!r}
 sys.modules.update(fcntl=None, resource=None)  # which are not there
 sys.path.insert(0, {folder!r})
 sys.argv = {command!r}
@@ -59,11 +59,13 @@ def test_two_machines_read_their_own_data_folders(drawn_voc, tmp_path):
     finish(first, 1)
 
 
-@pytest.mark.parametrize("script", ("train.py", "evaluate.py", "predict.py", "export.py", "convert_voc_aug.py"))
-def test_on_windows_a_command_is_one_line(script, tmp_path):
-    """Python says so by sys.platform, and lacks the modules of POSIX."""
-    (tmp_path / "windows.py").write_text(WINDOWS.format(folder=str(ROOT), command=[str(ROOT / script), "--help"]))
-    assert "on Windows, use WSL2" in error_line(tmp_path / "windows.py")
+@pytest.mark.parametrize("script, platform", [(script, "win32") for script in (
+    "train.py", "evaluate.py", "predict.py", "export.py", "convert_voc_aug.py")] + [("train.py", "darwin")])
+def test_on_windows_and_macos_a_command_is_one_line(script, platform, tmp_path):
+    """Python says so by sys.platform, and lacks modules of POSIX or, on macOS, what Linux alone has."""
+    (tmp_path / "other.py").write_text(ELSEWHERE.format(folder=str(ROOT), platform=platform,
+                                                        command=[str(ROOT / script), "--help"]))
+    assert "runs on Linux; on Windows, use WSL2; on macOS, a Linux container" in error_line(tmp_path / "other.py")
 
 
 def test_devices_set_by_hand_decide_how_many_processes_there_are(drawn_voc, tmp_path):

@@ -1,14 +1,19 @@
 """Where it really runs: the variables of Slurm, of operators of Kubernetes, of Ascend's MindCluster; containers."""
+import errno
+import fcntl
 import os
+import pwd
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
+import yaml
 from conftest import (
     ROOT,
     environment,
@@ -21,9 +26,13 @@ from conftest import (
 )
 
 import cli
+import data
 import device
 import evaluate
 import train
+import weights
+from fcn8s import FCN8s
+from voc import CLASSES
 
 MEETING = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 KUBERNETES = {**MEETING, "WORLD_SIZE": "4", "RANK": "1"}  # counts machines
@@ -207,3 +216,149 @@ def test_the_slurm_job_of_the_page_is_put_back_when_one_of_two_machines_is_drain
     assert "stopped by SIGTERM at iteration" in output and ", which is saved" in output
     assert not left_of(job, work_dir)
     assert "requeue" in (tmp_path / "scontrol").read_text()
+
+
+def test_mindclusters_pod_whose_name_does_not_resolve_trains(page, drawn_voc, tmp_path):
+    """On one machine, beside variables of torchrun that an operator sets; SIGUSR1 to its launcher is a stop."""
+    variables = {**MINDCLUSTER, "WORLD_SIZE": "2", "LOCAL_RANK": "0,1", "LOCAL_WORLD_SIZE": "2", "PET_NNODES": "1",
+                 "PET_NPROC_PER_NODE": "3", "PET_NODE_RANK": "1", "PET_MAX_RESTARTS": "9", "PET_RDZV_BACKEND": "c10d",
+                 "PET_RDZV_ENDPOINT": "nowhere:1", "PET_RDZV_ID": "job"}
+    script = on_the_cpu(page("LOCAL_WORLD_SIZE"), drawn_voc, tmp_path / "run")
+    script = script.partition(" \\\n    --nnodes")[0] + " --device_list=$LOCAL_RANK"  # for a single machine
+    script = shlex.join(["bash", "-c", script])
+    if subprocess.run(["unshare", "-u", "true"], capture_output=True).returncode == 0:
+        script = "exec unshare -u bash -c " + shlex.quote(f"hostname pod-abc-0 && exec {script}")
+    pod = shell(script, ROOT, variables)
+    wait_for_iteration(pod, tmp_path / "run", 2)
+    pod.send_signal(signal.SIGUSR1)
+    output = finish(pod, 128 + signal.SIGUSR1)
+    assert "device: 2 x cpu" in output and "stopped by SIGUSR1 at iteration" in output and ", which is saved" in output
+
+
+@pytest.mark.parametrize("words, variables, flags", (
+    ("LOCAL_WORLD_SIZE", {**MINDCLUSTER, "WORLD_SIZE": "8", "RANK": "1"},
+     {"nnodes": 2, "node_rank": 1, "master_addr": "10.0.0.1", "master_port": 29500}),
+    ("LOCAL_WORLD_SIZE", MINDCLUSTER, {"nnodes": 1, "node_rank": 0}),
+    ("kind: Job", {"JOB_COMPLETION_INDEX": "1"}, {"nnodes": 2, "node_rank": 1, "master_addr": "fcn8s-0.fcn8s"})))
+def test_the_commands_of_the_page_for_pods_launch_what_they_say(words, variables, flags, page, parsed, tmp_path):
+    """A stand-in for Python shows the flags that train.py gets."""
+    script = page(words)
+    if "kind: Job" in script:
+        service, job = yaml.safe_load_all(script)
+        pod = job["spec"]["template"]["spec"]
+        container = pod["containers"][0]
+        assert pod["terminationGracePeriodSeconds"] > device.SAVING_TIME
+        assert pod["subdomain"] == service["metadata"]["name"] == job["metadata"]["name"]
+        assert {"name": "shm", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
+        mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert {"/dev/shm", "/tmp"} <= mounts
+        writable = [variable["value"] for variable in container["env"]]
+        assert len(writable) == 3 and all(any(path.startswith(mount) for mount in mounts) for path in writable)
+        assert container["command"] == ["bash", "-c"] and job["spec"]["completions"] == flags["nnodes"]
+        (script,) = container["args"]
+    assert script.startswith("exec ")
+    (tmp_path / "python").write_text('#!/bin/sh\ncase "$*" in -c*) ;; *) printf "%s\\n" "$@" ;; esac\n')
+    (tmp_path / "python").chmod(0o755)
+    shown = finish(shell(script, ROOT, {**variables, "PYTHON": str(tmp_path / "python")}), 0).splitlines()
+    args, error = parsed(variables, *[flag for flag in shown[1:] if not flag.startswith("--data_path")])
+    assert error is None and train.must_launch(args) and args.resume == "auto"
+    assert {name: getattr(args, name) for name in flags} == flags
+
+
+def test_tasks_of_srun_with_torchruns_variables_are_ranks_that_share_the_cores(drawn_voc, tmp_path):
+    """One task a card. srun does not say LOCAL_WORLD_SIZE, nor OMP_NUM_THREADS."""
+    command = shlex.join(map(str, (sys.executable, ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"),
+                                   "--max_iters", 1)))
+    tasks = "".join(f"RANK={rank} LOCAL_RANK={rank} {command} & pids+=($!); " for rank in (0, 1))
+    job = shell(f"unset OMP_NUM_THREADS; {tasks} wait ${{pids[0]}} && wait ${{pids[1]}}", ROOT, {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_STEP_NUM_TASKS": "2"})
+    threads = re.search(r"device: 2 x cpu \(\w+, (\d+) threads\)", finish(job, 0))
+    assert 1 <= int(threads[1]) <= max(1, cli.usable_cores() // 2)
+
+
+EARLY = """
+import os, signal, sys
+from importlib.machinery import PathFinder
+
+class Early:  # before PyTorch is there
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return None
+
+assert os.getpid() == 1
+sys.meta_path.insert(0, Early())
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), {"__name__": "__main__", "__file__": sys.argv[0]})
+"""
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "-p", "-f", "true"], capture_output=True).returncode != 0,
+                    reason="needs the right to start a process 1")
+def test_process_1_of_a_container_ends_by_a_signal_while_it_imports_pytorch(drawn_voc, tmp_path):
+    (tmp_path / "early.py").write_text(EARLY)
+    command = (sys.executable, tmp_path / "early.py", ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"))
+    script = "exec unshare -p -f --kill-child " + shlex.join(map(str, command))
+    assert finish(shell(script, ROOT, {}), 128 + signal.SIGTERM) == "" and not (tmp_path / "run").exists()
+
+
+# ---- small containers
+
+@pytest.mark.parametrize("home, reason", ((None, "the home folder is not known"), ("/proc", "'/proc/")))
+def test_weights_without_a_home_folder_are_an_error_that_names_torch_home(home, reason, tmp_path, monkeypatch):
+    """An unknown user without HOME; a home folder that cannot be written to."""
+    def unknown(uid):
+        raise KeyError(uid)
+
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if home:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(cli.UserError) as error:
+        weights.load_start(FCN8s(21, "resnet50"), "imagenet", False, CLASSES)
+    assert reason in str(error.value) and "TORCH_HOME" in str(error.value) and "--pretrained FILE" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_cannot_be_reached_says_nothing_of_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(cli.UserError) as error:
+        weights.download("http://127.0.0.1:9/none-0000000000.pth", "the weights", "give a file")
+    assert "refused" in str(error.value) and "TORCH_HOME" not in str(error.value)
+
+
+def test_a_file_system_without_locks_is_a_note(drawn_voc, tmp_path, monkeypatch):
+    """As NFS without its lock service. A second start takes the lock of the folder that is there."""
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    for iterations in (1, 2):
+        flags = (*train_flags(drawn_voc, tmp_path / "run"), "--max_iters", iterations, "--resume", "auto")
+        output = run(ROOT / "train.py", *flags).stdout
+        assert output.count(f"note: the file system of {tmp_path / 'run'} has no locks (No locks available)") == 1
+
+
+@pytest.mark.parametrize("error", (RuntimeError("can't start new thread"),
+                                   BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")))
+def test_a_limit_on_processes_is_one_line(error):
+    message = cli.message_of(error)
+    assert "no more threads or processes can be started" in message and "ulimit -u" in message and "\n" not in message
+
+
+def test_a_rank_that_sigkill_ended_makes_one_think_of_memory(capsys):
+    failure = types.SimpleNamespace(exitcode=-signal.SIGKILL, signal_name=lambda: "SIGKILL")
+    assert device.status_of({1: failure}) == 128 + signal.SIGKILL
+    assert "rank 1 was killed by SIGKILL; if memory ran out, lower --batch_size" in capsys.readouterr().err
+
+
+def test_little_shared_memory_names_a_remedy_of_kubernetes(monkeypatch):
+    def none_left(*_):
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(data, "default_collate", none_left)
+    with pytest.raises(cli.UserError, match="emptyDir of medium Memory at /dev/shm"):
+        data.collate([])
