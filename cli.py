@@ -162,30 +162,21 @@ def flag_or_env(flag, given, variable):
 
 # ---- processes
 
-def usable_cores():
-    """How many cores this process may use: its affinity or a CPU quota (a container's, a scheduler's), rounded down."""
-    cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()]
-    for group in cpu_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")):
-        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # of control groups version 2 and 1
-            with contextlib.suppress(OSError):  # no such file
-                quota, period = " ".join((group / name).read_text() for name in names).split()
-                cores += [int(quota) // int(period)] if quota.isdecimal() else []  # "max", -1: none
-    return max(1, min(cores))
+def usable_cores(listed=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")):
+    """How many cores this process may use: its affinity, or the CPU quota of its control group or of one above it.
 
-
-def cpu_groups(listed, root):
-    """The folders of the control groups that share out this process's CPU time: its own, and those above it.
-
-    listed: lines such as 0::/job (version 2) and 4:cpu,cpuacct:/job (version 1). A container may not see /job: there
-    `root` itself is its group.
+    listed: its groups, say 0::/job of version 2, 4:cpu,cpuacct:/job of version 1; in a container they are the root
     """
-    folders = []
+    cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()]
     for line in listed.read_text().splitlines() if listed.is_file() else ():
         _, controllers, path = line.split(":", 2)
-        if controllers == "" or "cpu" in controllers.split(","):
-            group = root / ("cpu" if controllers else "") / path.strip("/")
-            folders += [group, *group.parents]
-    return folders
+        group = root / ("cpu" if controllers else "") / path.strip("/")
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        for folder in (group, *group.parents) if controllers == "" or "cpu" in controllers.split(",") else ():
+            with contextlib.suppress(OSError):  # no such file
+                quota, period = " ".join((folder / name).read_text() for name in names).split()
+                cores += [int(quota) // int(period)] if quota.isdecimal() else []  # none: "max", -1
+    return max(1, min(cores))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
 
 from cli import (
     PARENT,
@@ -294,10 +293,10 @@ def launch(args, script):
             return 128 + stopped.sigval
         except ChildFailedError as error:
             return status_of(error.failures)
-        except (RuntimeError, RendezvousError) as error:
+        except RuntimeError as error:
             if "EADDRINUSE" in str(error):
                 raise UserError(f"port {port} is in use on this machine; name another by --master_port") from None
-            if isinstance(error, dist.DistError | RendezvousError):  # a machine that does not answer or does not come
+            if isinstance(error, dist.DistError):  # a machine that does not answer or does not come
                 raise UserError(f"could not meet the other machines at {address}:{port} within {args.timeout} s, the "
                                 f"--timeout ({first_line(error)})") from None
             raise
@@ -383,10 +382,9 @@ def join_ranks(args):
         raise ConnectionError(None, f"rank {rank} could not meet the other processes at {where} within {args.timeout} "
                                     f"s ({first_line(error)})") from None
     signal.signal(signal.SIGINT, interrupt)
-    mine = os.getpid(), socket.gethostname(), os.sched_getaffinity(0)
+    mine = os.getpid(), socket.gethostname(), os.sched_getaffinity(0)  # srun may give each task cores of its own
     ranks = [None] * count
     dist.all_gather_object(ranks, mine)
-    # srun gives each task cores of its own, or all tasks of a machine the same.
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or sum(other[1:] == mine[1:] for other in ranks))
     limit_threads(here)
     return Ranks(device, rank, count, local_rank, here, tuple(pid for pid, *_ in ranks[rank - local_rank:][:here]))

@@ -115,16 +115,15 @@ def test_a_pod_of_one_card_trains_evaluates_and_takes_a_device(drawn_voc, tmp_pa
     ("3:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "200000\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, 2),
     ("3:cpuacct,cpu:/host\n", {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
     ("3:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, 16),
+    (None, {"cpu.max": "100000 100000"}, 16),
     ("7:memory:/x\n", {"cpu/x/cpu.cfs_quota_us": "200000", "cpu/x/cpu.cfs_period_us": "100000"}, 16)))
 def test_the_smallest_of_affinity_and_cpu_quotas_counts(listed, files, cores, tmp_path, monkeypatch):
     """Of control groups version 2 and 1, and of the groups above; a container sees its own as the root."""
-    for path, text in {**files, "listed": listed}.items():
+    for path, text in {**files, **({"listed": listed} if listed else {})}.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    groups = cli.cpu_groups(tmp_path / "listed", tmp_path)
-    monkeypatch.setattr(cli, "cpu_groups", lambda listed, root: groups)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    assert cli.usable_cores() == cores
+    assert cli.usable_cores(tmp_path / "listed", tmp_path) == cores
 
 
 def test_a_process_takes_no_more_threads_than_its_share_of_the_cores(monkeypatch):
