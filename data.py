@@ -358,7 +358,7 @@ def collate(samples):
     try:
         return default_collate(samples)
     except RuntimeError as error:
-        if "/torch_" not in str(error):  # a file in /dev/shm
+        if not any(words in str(error) for words in ("/torch_", "No space left")):  # a file in /dev/shm
             raise
         raise UserError(f"no shared memory is left for batches ({first_line(error)}); give more (docker run "
                         "--shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm), or --workers 0"

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pwd
 import re
+import secrets
 import shlex
 import signal
 import subprocess
@@ -194,8 +195,12 @@ def on_the_cpu(script, data, work_dir):
 def shell(script, cwd, variables):
     """Starts bash with a script, in a session of its own. -> subprocess.Popen"""
     own = {name: value for name, value in environment().items() if not name.startswith(("SLURM", "PET_"))}
-    return subprocess.Popen(["bash", "-c", script], cwd=cwd, env={**own, "PYTHON": sys.executable, **variables},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    mark = secrets.token_hex(8)  # for `left_of`
+    env = {**own, "PYTHON": sys.executable, "MARK_OF_TEST": mark, **variables}
+    process = subprocess.Popen(["bash", "-c", script], cwd=cwd, env=env, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process.mark = f"MARK_OF_TEST={mark}"
+    return process
 
 
 def test_the_slurm_job_of_the_page_is_put_back_when_one_of_two_machines_is_drained(page, cluster, drawn_voc, tmp_path):
@@ -213,7 +218,7 @@ def test_the_slurm_job_of_the_page_is_put_back_when_one_of_two_machines_is_drain
     output = finish(job, 128 + signal.SIGTERM)
     assert time.monotonic() - since < 15
     assert "stopped by SIGTERM at iteration" in output and ", which is saved" in output
-    assert not left_of(job, work_dir)
+    assert not left_of(job)
     assert "requeue" in (tmp_path / "scontrol").read_text()
 
 

@@ -40,8 +40,8 @@ def two_ranks(drawn_voc, tmp_path_factory):
 
 def test_the_files_of_two_ranks(two_ranks):
     assert sorted(path.name for path in two_ranks.iterdir()) == [
-        ".lock", "FCN_bs2_2p_acc.log", "ckpt", "curves.png", "metrics.jsonl", "result.json", "run.json",
-        "train_0,1.log", "val_samples.png"]
+        ".lock", "FCN_bs2_2p_acc.log", "ckpt", "confusion.png", "curves.png", "data.png", "metrics.jsonl",
+        "result.json", "run.json", "train_0,1.log", "train_batch.png", "val_samples.png"]
     assert sorted(path.name for path in (two_ranks / "ckpt").iterdir()) == [
         "best.pth", "iter_12.pth", "iter_15.pth", "iter_9.pth", "latest.pth"]  # --keep 3
     assert "RankSize = 2\n" in (two_ranks / "FCN_bs2_2p_acc.log").read_text()
