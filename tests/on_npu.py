@@ -189,7 +189,8 @@ def test_ascend_device_id_is_heeded_on_an_npu_alone_and_not_under_torchrun(cpu_r
     assert "on npu:1 (" in run(*predict, "--device", "npu", env=there).stdout
     done = run(*predict, "--device", "cpu", "--device_id", 0, env=there)
     assert "on cpu (" in done.stdout and not done.stderr
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+            "TORCHELASTIC_RUN_ID": "none"}
     done = run(TRAIN, *flags_of(drawn_voc, tmp_path / "run", "--max_iters", 1), env={**there, **rank})
     assert "device: 1 x npu:0 (" in done.stdout and not done.stderr
     for value, words in (("x", "ASCEND_DEVICE_ID=x: takes a whole number"), ("7", "no npu device 7; there are 2")):

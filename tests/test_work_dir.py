@@ -264,7 +264,7 @@ def test_two_commands_write_into_one_folder(whole, drawn_voc, tmp_path):
     run(*command, tmp_path / "one")
     one, both = ({path.relative_to(folder): content for path, content in contents(folder).items()}
                  for folder in (tmp_path / "one", tmp_path / "both"))
-    assert len(one) == 10 and one == both
+    assert len(one) == 11 and one == both
 
 
 # ---- files that were changed or deleted
