@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from cli import UserError
 from data import split_by_seed, with_every_class
 from voc import CLASSES, VOC, decode_label, palette, read_image, read_label
-from weights import PLAIN_COMMAND, Checkpoint
+from weights import Checkpoint
 
 TRAIN, EVALUATE, PREDICT = (ROOT / f"{name}.py" for name in ("train", "evaluate", "predict"))
 EXIF_TURNS = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270}  # what shows an image of it upright
@@ -450,7 +450,6 @@ def test_the_command_for_a_file_with_a_namespace_makes_one_that_is_read(tmp_path
     with pytest.raises(UserError) as caught:
         Checkpoint.read(path, "resnet50")
     command = str(caught.value).partition("make a plain one: ")[2]
-    assert command == PLAIN_COMMAND.format(path)
     run(*shlex.split(command)[1:])
     read = Checkpoint.read(f"{path}.plain.pth", "resnet50")
     assert read.kind == "ImageNet weights of the backbone" and "conv1.weight" in read.state
