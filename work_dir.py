@@ -55,7 +55,6 @@ class WorkDir(contextlib.ExitStack):
         self.checkpoints = self.path / "ckpt"
         self.latest, self.best = self.checkpoints / "latest.pth", self.checkpoints / "best.pth"
         self.lock_file = self.board = None  # board: TensorBoard's writer
-        self.console = True  # somebody reads the output
         if writes:
             check_writable(self.path)
 
@@ -163,11 +162,10 @@ class WorkDir(contextlib.ExitStack):
         if not self.writes:
             return
         try:
-            if self.console:
-                tqdm.write(text)
-                sys.stdout.flush()
+            tqdm.write(text)
+            sys.stdout.flush()
         except OSError as error:  # a closed pipe or terminal, a full disk
-            self.console = False
+            sys.stdout = open(os.devnull, "w")  # the other keeps the text, and would raise again before each fork
             text += f"\nnote: the output cannot be written to ({error.strerror}); this log has every line"
         if self.path.is_dir():
             append(self.log_path, text)
