@@ -66,19 +66,21 @@ def test_the_padded_evaluation_is_the_one_by_hand(real_voc, tmp_path, monkeypatc
     torch.save({"state_dict": model.state_dict(), "meta": {
         "backbone": "tiny_d8", "num_classes": 21, "classes": CLASSES, "scale": (512, 512), "args": {"pad_to": 512}}},
         tmp_path / "net.pth")
-    ids = (real_voc / "ImageSets/Segmentation/val.txt").read_text().split()[:4]
+    ids = (real_voc / "ImageSets/Segmentation/val.txt").read_text().split()[:6]
     expected = padded_evaluation(model, real_voc, ids)
     photograph = torch.from_numpy(np.array(Image.open(real_voc / f"JPEGImages/{ids[0]}.jpg"))).permute(2, 0, 1)
     plain, found, pixels = transforms.resize_image, {}, []
-    for name, resize in (("OpenCV", resized_by_opencv), ("PyTorch", plain)):
+    for name, resize, *flags in (("OpenCV", resized_by_opencv), ("PyTorch", plain),
+                                 ("unpadded", resized_by_opencv, "--pad_to", 0)):
         monkeypatch.setattr(transforms, "resize_image", resize)
         output = run(EVALUATE, tmp_path / "net.pth", "--data_path", real_voc, "--max_images", len(ids), "--device",
-                     "cpu", "--json", tmp_path / "scores.json").stdout
-        assert "fitted into 512x512, padded to 512x512" in output
+                     "cpu", "--json", tmp_path / "scores.json", *flags).stdout
+        assert ("fitted into 512x512, padded to 512x512" in output) == (not flags)
         found[name] = json.loads((tmp_path / "scores.json").read_text())["mIoU"]
         pixels.append(transforms.fit_into(photograph, (512, 512)).int())
     assert found["OpenCV"] == pytest.approx(expected, abs=1e-6) and expected > 0
     assert found["PyTorch"] == pytest.approx(expected, abs=0.01)
+    assert found["unpadded"] != pytest.approx(expected, abs=1e-4)
     assert (pixels[0] - pixels[1]).abs().max() == 1
 
 
