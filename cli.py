@@ -219,18 +219,23 @@ def kill_children():
 class Output(io.FileIO):
     """stdout (1) or stderr (2). It waits for a reader that is behind, but not after a stop signal.
 
-    An OSError of stderr is dropped: messages and progress that nobody can read end no command.
+    The first OSError of stdout is raised; what follows, and what the buffer keeps, is dropped. All of stderr's are
+    dropped: messages and progress that nobody can read end no command.
     """
     stopping = False  # this process got a stop signal
+    lost = False  # nobody reads this
 
     def write(self, data):
         """Writes as much as fits into a pipe that has room. -> the number of bytes"""
+        if self.lost:
+            return len(data)
         try:
             while not select.select([], [self], [], PATIENCE)[1]:
                 if Output.stopping:
                     raise OSError(None, "nobody reads it")
             return super().write(data[:select.PIPE_BUF])
         except OSError:
+            self.lost = True
             if self.fileno() == 1:
                 raise
             return len(data)

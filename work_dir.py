@@ -165,7 +165,6 @@ class WorkDir(contextlib.ExitStack):
             tqdm.write(text)
             sys.stdout.flush()
         except OSError as error:  # a closed pipe or terminal, a full disk
-            sys.stdout = open(os.devnull, "w")  # the other keeps the text, and would raise again before each fork
             text += f"\nnote: the output cannot be written to ({error.strerror}); this log has every line"
         if self.path.is_dir():
             append(self.log_path, text)

@@ -229,10 +229,14 @@ def test_a_command_whose_outputs_are_closed_has_its_status(tmp_path):
 
 @pytest.mark.parametrize("output, reason", (("| head -1", "Broken pipe"), ("> /dev/full", "No space left on device")))
 def test_a_run_whose_output_nobody_reads_goes_on_and_its_log_has_all(output, reason, drawn_voc, tmp_path):
-    flags = shlex.join(map(str, train_flags(drawn_voc, tmp_path / "run")))
+    """In an ASCII locale: what is dropped holds names that this cannot encode."""
+    (tmp_path / "names.txt").write_text("\n".join("背景 猫 狗 鸟 船 瓶".split()), encoding="utf-8")
+    flags = shlex.join(map(str, (*train_flags(drawn_voc, tmp_path / "run"), "--train_split", "trainaug", "--classes",
+                                 tmp_path / "names.txt")))
     done = subprocess.run(["bash", "-c", f'set -o pipefail; "{sys.executable}" "{ROOT}/train.py" {flags} {output}'],
-                          capture_output=True, text=True, env=environment())
-    log = (tmp_path / "run/train_0.log").read_text()
+                          capture_output=True, text=True, env={
+                              **environment(), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    log = (tmp_path / "run/train_0.log").read_text(encoding="utf-8")
     assert done.returncode == 0 and done.stderr == "" and (tmp_path / "run/result.json").is_file()
     assert log.count(f"note: the output cannot be written to ({reason})") == 1 and "\nnext, to see" in log
 
