@@ -238,11 +238,12 @@ def open_split(root, split, lists, digests):
 
 def by_content(root, ids, digests):
     """The ids under which a folder holds the images of a list; None if it has less than half of them."""
-    data = DATA_SET(root, "", DATA_SET.labelled(root)[0])
-    here = {image_id: digest_of(data.image_path(image_id)) for image_id in data.ids}
-    names = {digest: image_id for image_id, digest in here.items()}
-    found = [image_id if here.get(image_id) == digest else names.get(digest)
-             for image_id, digest in zip(ids, digests, strict=True)]
+    data, pairs = DATA_SET(root, "", DATA_SET.labelled(root)[0]), list(zip(ids, digests, strict=True))
+    here = {image_id: digest_of(data.image_path(image_id)) for image_id in set(ids).intersection(data.ids)}
+    if any(here.get(image_id) != digest for image_id, digest in pairs):  # only then the others are read
+        here |= {image_id: digest_of(data.image_path(image_id)) for image_id in set(data.ids).difference(ids)}
+    names = {digest: image_id for image_id, digest in sorted(here.items())}
+    found = [image_id if here.get(image_id) == digest else names.get(digest) for image_id, digest in pairs]
     enough = 2 * sum(map(bool, found)) >= len(ids)
     return [name or image_id for name, image_id in zip(found, ids, strict=True)] if enough else None
 

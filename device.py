@@ -446,7 +446,7 @@ class Stop:
     def leave(self, number):
         """Ends all ranks together, once rank 0 has saved. -> the exit status"""
         status = self.status(number) if self.ranks.local_rank == 0 else 128 + number
-        self.ranks.sum(torch.zeros(1, device=self.ranks.device))  # a barrier
+        self.ranks.sum(torch.zeros(1, device=self.ranks.device)).item()  # a barrier: waits for the device, too
         return status
 
     def status(self, number):

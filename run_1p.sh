@@ -23,7 +23,7 @@ device=(--device "$(value_of device auto "$@")" ${id:+--device_id "$id"})
 echo "No --data_path: trains on a small data set that is drawn here; a few minutes on two CPU cores."
 show "$python" "$here/tools/draw_voc.py" $sample
 show "$python" "$here/convert_voc_aug.py" $sample/VOCdevkit $sample/VOCdevkit/VOCaug
-# Settings for small images, without ImageNet weights. With --resume, a second run continues the first.
+# Settings for small images, without ImageNet weights. With --resume, a second run resumes the first.
 show "$python" "$here/train.py" --data_path $voc --train_split trainaug --backbone resnet50 --pretrained none \
     --scale 256 128 --crop_size 128 --batch_size 4 --max_iters 180 --log_interval 20 --eval_interval 60 \
     --checkpoint_interval 60 --work_dir $sample/FCN --resume auto "$@"

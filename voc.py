@@ -369,9 +369,10 @@ class VOC(Dataset):
         """Raises UserError for the first line of the list with columns, an extension or a path that is no image's."""
         path = self.root / LISTS / f"{self.split}.txt"
         lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else ()
+        ids = set(self.ids)
         for number, line in enumerate(map(str.strip, lines), 1):
             odd = len(line.split()) > 1 or "/" in line or is_readable(Path(line))
-            if odd and line in self.ids and self.find(self.images, line) is None:
+            if odd and line in ids and self.find(self.images, line) is None:
                 raise UserError(f"{path}, line {number}: '{line}': there is no such image; a line takes the name of "
                                 f"one image in {self.images.name}, with its sub-folders, without extension")
 
