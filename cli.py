@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -210,6 +211,7 @@ def start_worker(*_):
 def kill_children():
     """Kills the workers of this process. They ignore SIGTERM, after which Python would wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a worker is killed
+    threading.excepthook = lambda error: None  # a thread of a pool may, too
     for child in multiprocessing.active_children():
         child.kill()
 

@@ -241,6 +241,32 @@ def test_a_run_whose_output_nobody_reads_goes_on_and_its_log_has_all(output, rea
     assert log.count(f"note: the output cannot be written to ({reason})") == 1 and "\nnext, to see" in log
 
 
+LOSES_ITS_WORKER = """
+import atexit, multiprocessing, threading, time
+from cli import UserError, run
+
+def watch():  # as the thread of a pool of processes
+    worker.join()
+    raise RuntimeError("the pool is broken")
+
+worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+worker.start()
+thread = threading.Thread(target=watch)
+thread.start()
+atexit.register(thread.join)
+
+def main(args):
+    raise UserError("a fault")
+
+run(main, lambda: None)
+"""
+
+
+def test_a_thread_that_loses_its_worker_adds_no_line_to_the_error(tmp_path):
+    (tmp_path / "loses.py").write_text(LOSES_ITS_WORKER)
+    assert error_line(tmp_path / "loses.py") == "loses.py: error: a fault"
+
+
 ENDS_LATE = """
 import atexit, os, sys, time
 
