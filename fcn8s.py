@@ -336,7 +336,41 @@ def upsample(logits, size):
     Contiguous first: the loss would copy enlarged logits that are channels last, 64 times as many values.
     """
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return F.interpolate(logits.contiguous(), size, mode="bilinear", align_corners=False)
+    enlarge = enlarge_by_products if logits.is_cuda and logits.requires_grad else interpolate
+    return enlarge(logits.contiguous(), size)
+
+
+def interpolate(maps, size):
+    """Maps [N, C, h, w] -> [N, C, *size], bilinear."""
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def enlarge_by_products(maps, size):
+    """`interpolate` but for rounding, as two matrix products. On CUDA that one's gradient is a sum by atomic additions,
+    which take 8% of a step (docs/speed.md), in an order that differs from run to run."""
+    rows, columns = (F.interpolate(torch.eye(side, device=maps.device)[None], out, mode="linear")[0].T
+                     for side, out in zip(maps.shape[-2:], size, strict=True))
+    return Products.apply(maps, rows, columns)
+
+
+class Products(torch.autograd.Function):
+    """rows @ maps @ columns.T in float32, its gradient, too, which torch.compile would compute in autocast's type.
+    By aten's operator, as apex's O1 replaces torch.matmul."""
+
+    @staticmethod
+    def forward(ctx, maps, rows, columns):
+        ctx.save_for_backward(rows, columns)
+        return Products.of(rows, maps, columns.T)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, columns = ctx.saved_tensors
+        return Products.of(rows.T, gradient, columns), None, None
+
+    @staticmethod
+    def of(left, maps, right):
+        with torch.autocast(maps.device.type, enabled=False):
+            return torch.ops.aten.matmul(torch.ops.aten.matmul(left, maps), right)
 
 
 # ---- the table of backbones; to add one, write its class (see ResNet for what it must offer) and a row

@@ -13,6 +13,7 @@ import importlib.util
 import math
 import signal
 import time
+import warnings
 
 from cli import MAX_BATCH, MAX_SIDE, Parser, UserError, class_weights, number, run  # isort: skip, see cli
 import numpy as np
@@ -46,7 +47,7 @@ from device import (
 from fcn8s import BACKBONES, DEFAULT_BACKBONE, FCN8s
 from inference import Protocol, check_scales, draw, draw_data, evaluate
 from metrics import WARM_UP_ITERS, Speed, peak_memory, scores_of
-from transforms import prepare_batch
+from transforms import prepare, prepare_batch
 from voc import IGNORE, palette
 from weights import load_resumed, load_start, resume
 from work_dir import memory_hint, open_work_dir, start_lines
@@ -129,7 +130,8 @@ def parse_args(argv=None):
     recipe.add_argument("--sync_bn", action="store_true",
                         help="BN statistics over the batches of all NPUs or GPUs (default: each card's own)")
     recipe.add_argument("--compile", action="store_true",
-                        help="torch.compile of network and losses, which takes a minute at the start (default: off)")
+                        help="torch.compile of colours, network and losses, which takes a minute at the start "
+                             "(default: off)")
     recipe.add_argument("--class_weights", metavar="FILE", type=class_weights,
                         help="a number for each class, one a line: the weight of its pixels in the loss (default: all "
                              "1)")
@@ -305,8 +307,10 @@ def main(args):
         network = WithLosses(model, args.class_weights and torch.tensor(args.class_weights, device=device))
         if ranks.count > 1:
             network = DistributedDataParallel(network, **ddp_settings(device, precision))
+        preparing = prepare
         if args.compile:
-            network = torch.compile(network, dynamic=False)
+            warnings.filterwarnings("ignore", module=r"torch\._(dynamo|inductor)")  # advice to those who write them
+            network, preparing = (torch.compile(each, dynamic=False) for each in (network, prepare))
         progress = Progress()
         saved = start and resume(args, optimizer, precision, data, start, progress)  # the last checkpoint's iteration
         if not args.check:
@@ -390,7 +394,7 @@ def main(args):
             seed = np.random.SeedSequence([args.seed, progress.iteration, ranks.rank]).generate_state(1)[0]
             torch.manual_seed(int(seed))
             with convolutions(device, training=True):
-                parts = [prepare_batch(batch, model.form, device) for batch in loaded]
+                parts = [prepare_batch(batch, model.form, device, preparing) for batch in loaded]
                 result = train_step(network, parts, optimizer, precision, bn_guard)
             sums += result
             nan_run = torch.where(result[3] > 0, 0, nan_run + 1)

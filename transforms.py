@@ -154,10 +154,13 @@ def prepare(images, form="unpadded", sizes=None, jitter=None):
     return images.contiguous(memory_format=memory_format(images.device))
 
 
-def prepare_batch(batch, form, device):
-    """A batch of data.train_batches -> (images float32 [N, 3, H, W], labels uint8 [N, H, W]), on the device."""
+def prepare_batch(batch, form, device, preparing=None):
+    """A batch of data.train_batches -> (images float32 [N, 3, H, W], labels uint8 [N, H, W]), on the device.
+
+    preparing: `prepare`, or what torch.compile made of it
+    """
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    return prepare(batch["image"], form, batch["size"], batch["jitter"]), batch["label"]
+    return (preparing or prepare)(batch["image"], form, batch["size"], batch["jitter"]), batch["label"]
 
 
 def normalise(images, form):

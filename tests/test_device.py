@@ -11,7 +11,7 @@ from conftest import ROOT, error_line, run, train, train_flags
 import data
 import device
 from amp import ApexPrecision, Precision, convolutions, ddp_settings
-from fcn8s import FCN8s, upsample
+from fcn8s import FCN8s, enlarge_by_products, interpolate, upsample
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # no CUDA device is touched
 NPU = types.SimpleNamespace(type="npu")
@@ -92,6 +92,18 @@ def test_logits_are_contiguous_before_they_are_enlarged():
     """Or the loss would copy them, 64 times as many values."""
     logits = torch.randn(2, 21, 8, 8).contiguous(memory_format=torch.channels_last)
     assert upsample(logits, (64, 64)).is_contiguous()
+
+
+@pytest.mark.parametrize("mixed", (False, True))
+def test_matrix_products_enlarge_as_interpolation_does(mixed):
+    """Values and gradients, in float32 where autocast is on, too."""
+    logits = torch.randn(2, 3, 8, 9, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weights = torch.rand(2, 3, 61, 70, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        results = [way(logits, (61, 70)) for way in (interpolate, enlarge_by_products)]
+        gradients = [torch.autograd.grad((each * weights).sum(), logits)[0] for each in results]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
 def test_workers_share_the_cores(monkeypatch):

@@ -504,9 +504,9 @@ def test_a_training_draws_the_data_and_is_the_same_run_without(tmp_path):
     from transforms import prepare_batch, visible
     data, seen = write(tmp_path / "data", [(1, 2)] * 8), []
 
-    def spy(batch, form, device):
+    def spy(batch, *more):
         seen.append({key: value.clone() for key, value in batch.items()})
-        return prepare_batch(batch, form, device)
+        return prepare_batch(batch, *more)
 
     with mock.patch("train.prepare_batch", spy), mock.patch("inference.prepare_batch", spy):
         train(data, tmp_path / "a")

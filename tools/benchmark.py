@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs/speed.md"
-ON_GPU = ("cudnn", "dtype", "enlarge", "prepare", "compile", "transfer", "profile", "waits")  # functions of on_gpu.py
+ON_GPU = ("cudnn", "dtype", "enlarge", "prepare", "compile", "profile", "waits")  # functions of on_gpu.py
 
 
 def main():

@@ -19,7 +19,6 @@ from unittest import mock
 
 import speeds
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fcn8s
@@ -182,27 +181,15 @@ def dtype(bench):
                                    for name in (first, "bfloat16")})
 
 
-@functools.cache
-def enlarging(side, out, device):
-    """The bilinear enlargement of a line of `side` values as a matrix [out, side]."""
-    return F.interpolate(torch.eye(side, device=device)[None], out, mode="linear", align_corners=False)[0].T
-
-
-def upsample_by_products(logits, size):
-    """fcn8s.upsample as two matrix products: no atomic additions in the backward pass, so that it is deterministic."""
-    with torch.autocast(logits.device.type, enabled=False):
-        rows, columns = (enlarging(*sides, logits.device) for sides in zip(logits.shape[-2:], size, strict=True))
-        return rows @ logits.float().contiguous() @ columns.T
-
-
 def enlarge(bench):
     logits = torch.randn(2, 21, bench.side // 8, bench.side // 8, device=bench.device)
     size = (bench.side, bench.side)
-    worst = (upsample_by_products(logits, size) - fcn8s.upsample(logits, size)).abs().max()
+    ways = {"F.interpolate": fcn8s.interpolate, "two matrix products, the project's": fcn8s.enlarge_by_products}
+    worst = (fcn8s.enlarge_by_products(logits, size) - fcn8s.interpolate(logits, size)).abs().max()
     return bench.compare("enlarge", {
-        "F.interpolate": (plain(bench.training(), bench.batch), contextlib.nullcontext),
-        "two matrix products": (plain(bench.training(), bench.batch), patched(fcn8s, upsample=upsample_by_products))},
-        {"two matrix products": f"values differ by {worst:.1e}"})
+        name: (plain(bench.training(), bench.batch), patched(fcn8s, upsample=lambda logits, size, way=way: way(
+            logits.float().contiguous(), size))) for name, way in ways.items()},
+        {"two matrix products, the project's": f"values differ by {worst:.1e}"})
 
 
 def prepare(bench):
@@ -220,7 +207,7 @@ def prepare(bench):
 
 
 def compile(bench):
-    """Whole: network and losses, one graph, as --compile does. By blocks: each bottleneck and head, and the losses."""
+    """Whole: colours, network and losses, as --compile does. By blocks: each bottleneck and head, and the losses."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # or a block too many would run plain, unsaid
     whole, blocks = bench.training(), bench.training()
     whole.network = torch.compile(whole.network, dynamic=False)
@@ -230,25 +217,15 @@ def compile(bench):
     for layer in bn_layers(blocks.model):
         # Views of one tensor share a version, by which autograd takes a later block's update for one of this block's.
         layer._buffers.update({name: buffer.clone() for name, buffer in layer._buffers.items()})
-    losses_of = torch.compile(train.losses_of, dynamic=False)
+    losses_of, prepare = (torch.compile(each, dynamic=False) for each in (train.losses_of, transforms.prepare))
     ways = {"plain": (plain(bench.training(), bench.batch), contextlib.nullcontext),
-            "whole": (plain(whole, bench.batch), contextlib.nullcontext),
+            "whole": (plain(whole, bench.batch), patched(transforms, prepare=prepare)),
             "by blocks": (plain(blocks, bench.batch), patched(train, losses_of=losses_of))}
     notes = {}
     for way, (step, context) in ways.items():
         with context():
             notes[way] = f"first step {first_step(bench, step)[0]:.0f} s"
     return bench.compare("compile", ways, notes)
-
-
-def transfer(bench):
-    """From page-locked memory, where there is such, in each step."""
-    strided = {**bench.host_batch, "image": bench.host_batch["image"].permute(0, 3, 1, 2)}
-    original = transforms.prepare
-    return bench.compare("transfer", {
-        "uint8 [N, H, W, 3]": (plain(bench.training(), bench.host_batch), contextlib.nullcontext),
-        "uint8 [N, 3, H, W], channels last": (plain(bench.training(), strided), patched(
-            transforms, prepare=lambda images, *rest: original(images.permute(0, 2, 3, 1), *rest)))})
 
 
 # ---- where the time goes
