@@ -35,7 +35,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # as cli.py does in a com
 
 def pytest_configure():
     """Half the cores for each of two tests at a time, and the same in every process: torchrun would give its own
-    another number, and sums by another number of threads are not equal to the bit."""
+    another number, and sums by another number of threads are not equal to the bit. Signals have their defaults, also
+    in the processes that tests start: a script's `bash tests/run.sh &` ignores SIGINT, nohup SIGHUP."""
+    for number in cli.STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.environ.setdefault("OMP_NUM_THREADS", str((os.cpu_count() + 1) // 2))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     runpy.run_path(str(SITE / "sitecustomize.py"))  # the small backbone, for what is tested in this process
