@@ -42,10 +42,26 @@ def pytest_configure():
     os.environ.setdefault("OMP_NUM_THREADS", str((os.cpu_count() + 1) // 2))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     runpy.run_path(str(SITE / "sitecustomize.py"))  # the small backbone, for what is tested in this process
+    os.environ["NO_PICTURES"] = "1"  # two thirds of a short training, unless a test asks for `pictures`
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+
+
+@contextlib.contextmanager
+def drawing():
+    """A training in the block draws its pictures, as a user's does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("NO_PICTURES")
+        yield
+
+
+@pytest.fixture
+def pictures():
+    """For tests that look at what a training draws."""
+    with drawing():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +109,8 @@ def call(script, arguments, cwd, env):
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, env or {}))
         stack.enter_context(mock.patch.object(sys, "argv", [str(script), *arguments]))
+        for name in ("draw", "draw_data") if os.environ.get("NO_PICTURES") else ():
+            stack.enter_context(mock.patch(f"train.{name}"))
         for holder in (cli, module):
             if hasattr(holder, "PROG"):
                 stack.enter_context(mock.patch.object(holder, "PROG", script.name))

@@ -31,15 +31,6 @@ from metrics import MEANS
 CPU, NPU = torch.device("cpu"), torch.device("npu:0")
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 TRAIN = ROOT / "train.py"
-DRAW = train.draw
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Drawing takes longer than these trainings do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw", lambda *arguments: None)
-        yield
 
 
 def fresh_apex():
@@ -116,8 +107,7 @@ def cpu_run(drawn_voc, tmp_path_factory):
     return work_dir
 
 
-def test_in_float32_an_npu_gives_the_losses_and_scores_of_the_cpu(cpu_run, drawn_voc, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "draw", DRAW)
+def test_in_float32_an_npu_gives_the_losses_and_scores_of_the_cpu(cpu_run, drawn_voc, tmp_path, pictures):
     output = tiny_train(drawn_voc, tmp_path, "--device", "auto").stdout
     assert "1 x npu:0 (software NPU), float32" in output and (tmp_path / "val_samples.png").is_file()
     assert losses(tmp_path) == pytest.approx(losses(cpu_run), rel=1e-6)

@@ -1,6 +1,5 @@
 """What bad input gets: one line that names the file, the value and a hint; a non-zero status; nothing written."""
 import shutil
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,13 +11,6 @@ from fcn8s import FCN8s
 from train import parse_args
 
 TRAIN, EVALUATE, PREDICT, EXPORT = (ROOT / f"{name}.py" for name in ("train", "evaluate", "predict", "export"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Two thirds of a short training are its pictures."""
-    with mock.patch("train.draw"):
-        yield
 
 
 def save_label(pixels, path):

@@ -37,7 +37,7 @@ def test_the_counts_are_those_of_the_class_maps(checkpoint, drawn_voc, tmp_path)
     assert Image.open(tmp_path / "val/confusion.png").width > 300
 
 
-def test_each_evaluation_of_a_training_counts_and_draws(drawn_voc, tmp_path):
+def test_each_evaluation_of_a_training_counts_and_draws(drawn_voc, tmp_path, pictures):
     train(drawn_voc, tmp_path / "run", "--eval_interval", 2)
     scored = [line for line in metrics(tmp_path / "run") if "mIoU" in line]
     result = json.loads((tmp_path / "run/result.json").read_text())

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -19,13 +18,6 @@ from work_dir import WorkDir
 
 NAMES = ["background", "cat", "dog"]
 TRAIN = ROOT / "train.py"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Two thirds of a short training are its pictures."""
-    with mock.patch("train.draw"):
-        yield
 
 
 @pytest.fixture

@@ -8,17 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, environment, metrics, train
 
 
 @pytest.fixture
-def learn(real_voc, tmp_path, monkeypatch):
+def learn(real_voc, tmp_path):
     """Trains on the first four images of VOC's val in the subset, as a performance run: it writes no checkpoint, which
     takes longer than the steps. -> its folder"""
     lists = real_voc / "ImageSets/Segmentation"
     (lists / "four.txt").write_text("\n".join((lists / "val.txt").read_text().split()[:4]) + "\n")
-    monkeypatch.setattr("train.draw", lambda *args: None)
 
     def start(*flags):
         train(real_voc, tmp_path / "run", "--train_split", "four", "--val_split", "four", "--performance", *flags)
@@ -27,24 +25,23 @@ def learn(real_voc, tmp_path, monkeypatch):
 
 
 def test_resnet50_learns_four_real_images(learn):
-    run = learn("--backbone", "resnet50", "--scale", 384, 96, "--crop_size", 96, "--batch_size", 4, "--max_iters", 80)
-    assert json.loads((run / "result.json").read_text())["mIoU"] > 60
+    """All background is an mIoU of 16."""
+    run = learn("--backbone", "resnet50", "--batch_size", 4, "--max_iters", 40)
+    assert json.loads((run / "result.json").read_text())["mIoU"] > 45
 
 
-@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of mkldnn.flags
-@pytest.mark.parametrize("backbone", ("resnet50_d8", "resnet101_d8", "resnet50", "vgg16"))
-def test_the_loss_of_each_backbone_falls_on_real_images(learn, backbone):
-    # oneDNN takes 15 s for a gradient of vgg16's fc6 on maps of 2 x 2.
-    with torch.backends.mkldnn.flags(enabled=backbone != "vgg16"):
-        run = learn("--backbone", backbone, "--max_iters", 8)
+@pytest.mark.parametrize("backbone, size", (("resnet50_d8", 32), ("resnet101_d8", 32), ("resnet50", 64), ("vgg16", 96)))
+def test_the_loss_of_each_backbone_falls_on_real_images(learn, backbone, size):
+    """vgg16 on maps of 3 x 3: oneDNN takes 15 s for a gradient of its fc6 on maps of 2 x 2."""
+    run = learn("--backbone", backbone, "--crop_size", size, "--batch_size", 1 + (size < 96), "--max_iters", 6)
     losses = [line["loss"] for line in metrics(run) if "loss" in line]
-    assert len(losses) == 8 and sum(losses[-4:]) / 4 < 0.7 * losses[0]
+    assert len(losses) == 6 and sum(losses[-3:]) / 3 < 0.85 * losses[0]
 
 
 def test_run_1p_without_data_converts_trains_and_evaluates_a_drawn_sample(tmp_path):
-    """A third of its iterations are enough to tell."""
+    """A sixth of its iterations are enough to tell."""
     here = Path(sys.executable).parent
-    command = ["bash", ROOT / "run_1p.sh", "--max_iters", "60"]
+    command = ["bash", ROOT / "run_1p.sh", "--max_iters", "30"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHON": str(here / "python"), "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,14 +7,6 @@ from spoiled_steps import spoiled
 EACH = ("--checkpoint_interval", 1, "--eval_interval", 4, "--keep", 9)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Drawing takes longer than these trainings do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.draw", lambda *arguments: None)
-        yield
-
-
 def train(data, work_dir, plan, *flags, status=0):
     """A training, some of whose steps go wrong. -> the finished command"""
     with spoiled(plan):

@@ -25,13 +25,6 @@ TRAIN, EVALUATE, PREDICT = (ROOT / f"{name}.py" for name in ("train", "evaluate"
 EXIF_TURNS = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270}  # what shows an image of it upright
 
 
-@pytest.fixture(autouse=True)
-def no_pictures():
-    """Two thirds of a short training are its pictures."""
-    with mock.patch("train.draw"):
-        yield
-
-
 def write(folder, labels, names="ground\ncat\ndog\n", size=(40, 30), colours=None, seed=0):
     """A folder without lists: images of noise p0, p1, ... with squares of the values that `labels` has for each."""
     rng = np.random.default_rng(seed)
@@ -467,7 +460,7 @@ def test_prefixes_of_wrappers_are_stripped(tmp_path, prefix, key):
 
 # ---- train.py --check
 
-def test_a_check_shows_the_data_and_leaves_no_run(tmp_path):
+def test_a_check_shows_the_data_and_leaves_no_run(tmp_path, pictures):
     data = write(tmp_path / "data", [(1, 2)] * 5 + [(1, 255)] * 5)
     (data / "images/notes.txt").write_text("x")
     (data / "masks/p9.png").rename(data / "masks/lost.png")
@@ -497,7 +490,7 @@ def test_a_check_shows_the_data_and_leaves_no_run(tmp_path):
     assert "batch normalisation" in refused(data, tmp_path / "new", "--check", "--crop_size", 32, "--batch_size", 1)
 
 
-def test_a_training_draws_the_data_and_is_the_same_run_without(tmp_path):
+def test_a_training_draws_the_data_and_is_the_same_run_without(tmp_path, pictures):
     """Its first batch is the one in the picture, and drawing changes no random state."""
     from conftest import assert_same_run
 

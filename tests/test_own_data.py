@@ -4,12 +4,11 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_line, run, state, train, train_flags
+from conftest import ROOT, drawing, error_line, run, state, train, train_flags
 from PIL import Image
 
 import visualize
@@ -21,13 +20,6 @@ from voc import IGNORE, VOC, palette, read_classes
 
 EVALUATE = ROOT / "evaluate.py"
 SCRIPTS = ("ground", "猫", "собака", "owl")
-
-
-@pytest.fixture
-def no_pictures():
-    """Two thirds of a short training are its pictures."""
-    with mock.patch("train.draw"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +47,8 @@ def own_run(labelme_export, tmp_path_factory):
     """A short training on the labelme export, whose class_names.txt is found. -> (its folder, what it printed)"""
     work_dir = tmp_path_factory.mktemp("own") / "run"
     flags = ("--eval_interval", 2, "--tensorboard")
-    return work_dir, train(labelme_export, work_dir, *flags).stdout
+    with drawing():
+        return work_dir, train(labelme_export, work_dir, *flags).stdout
 
 
 def test_a_labelme_export_trains_and_its_classes_are_everywhere(own_run, labelme_export, tmp_path):
@@ -151,7 +144,7 @@ def own_unlisted(unlisted, tmp_path):
     return shutil.copytree(unlisted, tmp_path / "data")
 
 
-def test_a_split_by_seed_is_said_and_kept_whatever_is_added_later(own_unlisted, tmp_path, no_pictures):
+def test_a_split_by_seed_is_said_and_kept_whatever_is_added_later(own_unlisted, tmp_path):
     """It is in the checkpoint, from which --resume and evaluate.py take it. The data folder stays as it is."""
     before, work_dir = files(own_unlisted), tmp_path / "run"
     output = train(own_unlisted, work_dir, "--checkpoint_interval", 2).stdout
@@ -182,7 +175,7 @@ def test_a_split_by_seed_is_said_and_kept_whatever_is_added_later(own_unlisted, 
         EVALUATE, work_dir / "ckpt/latest.pth", "--data_path", own_unlisted, "--split", "test", "--device", "cpu")
 
 
-def test_lists_that_a_folder_gets_later_do_not_leak(own_unlisted, tmp_path, no_pictures):
+def test_lists_that_a_folder_gets_later_do_not_leak(own_unlisted, tmp_path):
     """What the checkpoint was trained on is never scored, though the folder's val names it; a resumption says whose
     lists it has, and how many images are in neither."""
     train(own_unlisted, tmp_path / "run", "--max_iters", 1)
@@ -203,7 +196,7 @@ def test_lists_that_a_folder_gets_later_do_not_leak(own_unlisted, tmp_path, no_p
     assert "Split = val\nImages = " in (tmp_path / "run/FCN_bs1_1p_val.log").read_text()
 
 
-def test_images_without_labels_and_labels_without_images_are_named(own_unlisted, tmp_path, no_pictures):
+def test_images_without_labels_and_labels_without_images_are_named(own_unlisted, tmp_path):
     first = VOC.labelled(own_unlisted)[0][0]
     VOC(own_unlisted, "", ids=()).label_path(first).rename(own_unlisted / "masks/orphan_mask.png")
     output = train(own_unlisted, tmp_path / "run", "--max_iters", 1).stdout
@@ -211,8 +204,7 @@ def test_images_without_labels_and_labels_without_images_are_named(own_unlisted,
             "1 labels without an image (orphan_mask); Pillow does not know the format: ") in output
 
 
-def test_a_folder_without_lists_is_told_to_make_them_for_a_checkpoint_that_has_none(own_unlisted, drawn_voc, tmp_path,
-                                                                                    no_pictures):
+def test_a_folder_without_lists_is_told_to_make_them_for_a_checkpoint_that_has_none(own_unlisted, drawn_voc, tmp_path):
     train(drawn_voc, tmp_path / "run", "--max_iters", 1)
     content = state(tmp_path / "run/ckpt/best.pth")
     del content["meta"]["images"]  # as before they were in it; else the whole folder is scored

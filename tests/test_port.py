@@ -20,12 +20,6 @@ TRAIN, EVALUATE, PREDICT = (ROOT / name for name in ("train.py", "evaluate.py", 
 MEAN, STD = np.float32((123.675, 116.28, 103.53)), np.float32((58.395, 57.12, 57.375))  # mmsegmentation's, RGB
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Two thirds of a short training are its pictures."""
-    monkeypatch.setattr("train.draw", lambda *arguments: None)
-
-
 # ---- by hand
 
 def resized_by_opencv(image, size):

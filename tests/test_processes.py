@@ -10,6 +10,7 @@ from conftest import (
     ROOT,
     assert_same_run,
     children_of,
+    drawing,
     finish,
     free_port,
     metrics,
@@ -34,7 +35,8 @@ FLAGS = ("--max_iters", ITERATIONS, "--checkpoint_interval", 3, "--eval_interval
 def two_ranks(drawn_voc, tmp_path_factory):
     """The folder of a finished run of two processes."""
     work_dir = tmp_path_factory.mktemp("two") / "run"
-    train(drawn_voc, work_dir, *FLAGS, "--device_list", "0,1")
+    with drawing():
+        train(drawn_voc, work_dir, *FLAGS, "--device_list", "0,1")
     return work_dir
 
 

@@ -13,14 +13,6 @@ TRAIN = ROOT / "train.py"
 STEPS = ("--max_iters", 4, "--batch_size", 4, "--freeze_bn")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Drawing takes longer than these trainings do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.draw", lambda *arguments: None)
-        yield
-
-
 def weights(work_dir):
     return state(work_dir / "ckpt/latest.pth")["state_dict"]
 

@@ -1,17 +1,9 @@
 """Runs of --performance: what they leave, what they may overwrite, and when there is nothing to measure."""
-from unittest import mock
 
 import pytest
 from conftest import ROOT, error_line, metrics, read, run, train, train_flags
 
 TRAIN = ROOT / "train.py"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Two thirds of a short training are its pictures."""
-    with mock.patch("train.draw"):
-        yield
 
 
 def test_a_second_performance_run_measures_anew(drawn_voc, tmp_path):

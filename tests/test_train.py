@@ -3,11 +3,10 @@ import json
 import re
 import shutil
 import sys
-from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, error_line, metrics, run, state, timeless, train, train_flags
+from conftest import ROOT, drawing, error_line, metrics, run, state, timeless, train, train_flags
 
 from data import batch_order
 from train import losses_of, parse_args
@@ -20,14 +19,8 @@ AUTO = (*FLAGS, "--resume", "auto")
 def finished(drawn_voc, tmp_path_factory):
     """A run of 8 iterations; with --resume auto it starts afresh in a new folder. -> (its folder, what it printed)"""
     work_dir = tmp_path_factory.mktemp("finished") / "run"
-    return work_dir, train(drawn_voc, work_dir, *AUTO).stdout
-
-
-@pytest.fixture
-def no_pictures():
-    """Two thirds of a short training are its pictures."""
-    with mock.patch("train.draw"):
-        yield
+    with drawing():
+        return work_dir, train(drawn_voc, work_dir, *AUTO).stdout
 
 
 def test_files_and_log_lines(finished):
@@ -45,7 +38,7 @@ def test_files_and_log_lines(finished):
         assert re.search(words, output), words
 
 
-def test_the_start_of_a_run_logs_its_recipe(finished, drawn_voc, tmp_path, no_pictures):
+def test_the_start_of_a_run_logs_its_recipe(finished, drawn_voc, tmp_path):
     """Optimizer, schedule, losses and augmentation, with the numbers of the flags."""
     flags = ("--lr", 0.02, "--min_lr", 0.003, "--power", 0.7, "--momentum", 0.8, "--weight_decay", 0.0006,
              "--crop_size", 32, "--scale", 192, 48, "--max_iters", 1, "--backbone", "tiny_d8")
@@ -106,7 +99,7 @@ def test_evaluate_prints_the_score_of_the_training(finished, drawn_voc, tmp_path
         name: result[name] for name in ("aAcc", "mIoU", "mAcc")}
 
 
-def test_a_resumed_run_is_the_same_run(finished, drawn_voc, tmp_path, no_pictures):
+def test_a_resumed_run_is_the_same_run(finished, drawn_voc, tmp_path):
     """From iteration 3 of 8, in a folder of its own, with another number of workers: the same parameters, bit by bit,
     and the same log, though log lines are at 4 and 8, and so straddle the checkpoint. Its tensors lie contiguous in
     memory, as those of an NPU do, not channels last."""
@@ -126,7 +119,7 @@ def test_a_resumed_run_is_the_same_run(finished, drawn_voc, tmp_path, no_picture
     assert timeless(metrics(tmp_path / "part")) == timeless(metrics(tmp_path / "whole"))
 
 
-def test_resume_auto_continues_in_the_folder_and_cuts_the_metrics_back(finished, drawn_voc, tmp_path, no_pictures):
+def test_resume_auto_continues_in_the_folder_and_cuts_the_metrics_back(finished, drawn_voc, tmp_path):
     work_dir = shutil.copytree(finished[0], tmp_path / "run")
     (work_dir / "ckpt/iter_8.pth").unlink()
     shutil.copy(work_dir / "ckpt/iter_6.pth", work_dir / "ckpt/latest.pth")  # as if killed after iteration 8's metrics
@@ -163,7 +156,7 @@ def test_a_folder_that_holds_a_run_is_not_touched(finished, drawn_voc):
     assert files() == before
 
 
-def test_default_folders_are_those_of_the_port(drawn_voc, tmp_path, no_pictures):
+def test_default_folders_are_those_of_the_port(drawn_voc, tmp_path):
     flags = [flag for flag in train_flags(drawn_voc, "unused") if flag not in ("--work_dir", "unused")]
     run(ROOT / "train.py", *flags, "--max-iters", 1, cwd=tmp_path)
     assert (tmp_path / "output/0/FCN/result.json").exists()
@@ -171,7 +164,7 @@ def test_default_folders_are_those_of_the_port(drawn_voc, tmp_path, no_pictures)
     assert (tmp_path / "output/0/FCN_prof/FCN_bs2_1p_acc.log").exists()
 
 
-def test_mixed_precision_on_a_cpu_is_bfloat16(drawn_voc, tmp_path, no_pictures):
+def test_mixed_precision_on_a_cpu_is_bfloat16(drawn_voc, tmp_path):
     plain = train(drawn_voc, tmp_path / "plain", "--max_iters", 3).stdout
     mixed = train(drawn_voc, tmp_path / "mixed", "--max_iters", 3, "--amp").stdout
     level0 = train(drawn_voc, tmp_path / "level0", "--max_iters", 3, "--amp", "--opt_level", "O0").stdout
@@ -180,7 +173,7 @@ def test_mixed_precision_on_a_cpu_is_bfloat16(drawn_voc, tmp_path, no_pictures):
     assert a == c and a != b and a[0]["loss"] == pytest.approx(b[0]["loss"], rel=0.02)
 
 
-def test_fine_tuning_starts_from_a_checkpoint_of_ours(finished, drawn_voc, tmp_path, no_pictures):
+def test_fine_tuning_starts_from_a_checkpoint_of_ours(finished, drawn_voc, tmp_path):
     output = train(drawn_voc, tmp_path / "run", "--max_iters", 1, "--pretrained", finished[0] / "ckpt/best.pth").stdout
     assert "best.pth: a checkpoint of train.py" in output
     assert metrics(tmp_path / "run")[0]["loss"] < metrics(finished[0])[0]["loss"]
@@ -210,7 +203,7 @@ def test_an_empty_value_is_a_usage_error(drawn_voc, tmp_path, flag):
     assert flag in line and "takes a value, not ''" in line and not (tmp_path / "run").exists()
 
 
-def test_a_picture_that_cannot_be_drawn_does_not_end_a_training(drawn_voc, tmp_path, monkeypatch):
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_training(drawn_voc, tmp_path, monkeypatch, pictures):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # its import fails
     output = train(drawn_voc, tmp_path / "run", "--max_iters", 1).stdout
     assert "could not be drawn: import of matplotlib" in output and (tmp_path / "run/result.json").exists()

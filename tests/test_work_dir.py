@@ -34,13 +34,6 @@ FLAGS = ("--max_iters", 12, "--checkpoint_interval", 3, "--eval_interval", 6)
 AUTO = (*FLAGS, "--resume", "auto")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Two thirds of a short training are its pictures."""
-    with mock.patch("train.draw"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def whole(drawn_voc, tmp_path_factory):
     """The folder of a run to which nothing happened."""

@@ -6,23 +6,10 @@ it never returns. `stop R`: rank R gets a SIGTERM in the middle of an evaluation
 import os
 import runpy
 import signal
-import sys
 import time
-from importlib.machinery import PathFinder
 from pathlib import Path
 
-runpy.run_path(str(Path(__file__).parents[1] / "site/sitecustomize.py"))
-
-
-class Spoiling:
-    """An importer, of voc and inference alone, that wraps a function of each."""
-
-    def find_spec(self, name, path=None, target=None):
-        spec = PathFinder.find_spec(name, path) if name in SPOIL else None
-        if spec:
-            load = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (load(module), SPOIL[name](module))
-        return spec
+SITE = runpy.run_path(str(Path(__file__).parents[1] / "site/sitecustomize.py"))
 
 
 def fault_of_this_rank(*kinds):
@@ -58,5 +45,5 @@ def spoil_evaluation(inference):
     inference.confusion_matrix = confusion_matrix
 
 
-SPOIL = {"voc": spoil_reading, "inference": spoil_evaluation}
-sys.meta_path.insert(0, Spoiling())
+SITE["CHANGES"]["voc"].append(spoil_reading)
+SITE["CHANGES"]["inference"].append(spoil_evaluation)
