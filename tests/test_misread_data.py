@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from cli import UserError
 from data import split_by_seed, with_every_class
-from voc import CLASSES, VOC, decode_label, palette, read_image, read_label
+from voc import CLASSES, VOC, decode_label, palette, read_image
 from weights import Checkpoint
 
 TRAIN, EVALUATE, PREDICT = (ROOT / f"{name}.py" for name in ("train", "evaluate", "predict"))
@@ -164,7 +164,7 @@ def test_grey_of_few_bits_has_the_values_of_the_file(tmp_path, depth):
     image = Image.fromarray(pixels.astype(bool)) if depth == 1 else Image.fromarray(pixels)
     image.save(tmp_path / "a.png", bits=depth)
     assert (tmp_path / "a.png").read_bytes()[24] == depth  # of IHDR
-    label = read_label(tmp_path / "a.png")
+    label = decode_label(tmp_path / "a.png")[0]
     assert label.dtype == torch.uint8 and np.array_equal(label, pixels)
 
 
@@ -177,9 +177,9 @@ def test_values_that_pillow_changes_are_refused(tmp_path):
     Image.fromarray(pixels.astype(np.uint16)).save(tmp_path / "sixteen.png")
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(UserError, match="8-bit grey PNG whose pixel values are the classes"):
-            read_label(path)
+            decode_label(path)
     (tmp_path / "plain.pgm").write_bytes(b"P5 2 2 255\n" + pixels.tobytes())
-    assert np.array_equal(read_label(tmp_path / "plain.pgm"), pixels)
+    assert np.array_equal(decode_label(tmp_path / "plain.pgm")[0], pixels)
 
 
 def test_masks_of_0_and_255_are_told_the_value_of_the_object(tmp_path):
