@@ -31,7 +31,6 @@ LABEL_FOLDERS = (OWN_LABELS, SBD_LABELS, "SegmentationClassPNG", "masks")  # the
 LABEL_MODES = ("P", "L", "1")  # Pillow's names for an index of up to 8 bits, a grey value of as many, and a single bit
 LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF", "HEIF", "WEBP", "JXL", "jpeg in TIFF", "tiff_jpeg in TIFF")
 FACTORS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies grey values of 2 and of 4 bits
-TWELVE_BITS = 2 ** 12 - 1  # 16-bit values that do not exceed it leave their range unused
 NO_RANGE = ("{}: its values lie in {:g}..{:g}, which does not say what is white; scale all images alike and save "
             "them as 8-bit: Image.fromarray((values * (255 / WHITE)).astype('uint8')), WHITE being the value of white")
 HEIC = (".heic", ".heif")  # what phones take
@@ -64,13 +63,15 @@ def first_of(texts, separator="; "):
 
 
 def read_lines(path):
-    """The lines of a UTF-8 text, stripped, without blank ones."""
+    """The lines of a UTF-8 text, stripped, without blank ones; at least one."""
+    lines, problem = [], "is empty; it takes one name a line"
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", "is not UTF-8 text; save it as UTF-8")
-        raise UserError(f"{path}: {why}") from None
-    return [line.strip() for line in lines if line.strip()]
+        problem = getattr(error, "strerror", "is not UTF-8 text; save it as UTF-8")
+    if not lines:
+        raise UserError(f"{path}: {problem}")
+    return lines
 
 
 def digest(ids):
@@ -144,7 +145,8 @@ def to_rgb(image, name="the image"):
     Raises UserError for values that are neither 0..255 nor 16 bits: no image is scaled by its own maximum.
     """
     if image.mode.startswith(("I", "F")):
-        values, (least, most) = np.asarray(image), (1, 255) if image.mode == "F" else (TWELVE_BITS, 2 ** 16 - 1)
+        # 16-bit values that fit into 12 bits leave their range unused.
+        values, (least, most) = np.asarray(image), (1, 255) if image.mode == "F" else (2 ** 12 - 1, 2 ** 16 - 1)
         if not (values.min() >= 0 and least < values.max() <= most):  # nor is NaN
             raise UserError(NO_RANGE.format(name, values.min(), values.max()))
         image = Image.fromarray((values if image.mode == "F" else values // 256).astype(np.uint8))
@@ -279,16 +281,15 @@ class VOC(Dataset):
     def read_list(self, split):
         """The ids in a list."""
         path = self.root / LISTS / f"{split}.txt"
-        ids = read_lines(path) if path.is_file() else ()
-        if not ids:
-            lists = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
-            hint = f"it takes one image id a line; the lists there: {lists}"
-            if split in SBD_LISTS:
-                devkit = (self.root.resolve() if self.root.name in ("", "..") else self.root).parent
-                command = ["python", "convert_voc_aug.py", str(devkit), str(devkit / "VOCaug")]
-                hint = f"make it with: {shlex.join(command)}; data of your own takes --classes FILE"
-            raise UserError(f"{path}: {'the list is empty' if path.is_file() else 'there is no such list'}; {hint}")
-        return as_file_names(ids)
+        if path.is_file():
+            return as_file_names(read_lines(path))
+        lists = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
+        hint = f"it takes one image id a line; the lists there: {lists}"
+        if split in SBD_LISTS:
+            devkit = (self.root.resolve() if self.root.name in ("", "..") else self.root).parent
+            command = ["python", "convert_voc_aug.py", str(devkit), str(devkit / "VOCaug")]
+            hint = f"make it with: {shlex.join(command)}; data of your own takes --classes FILE"
+        raise UserError(f"{path}: there is no such list; {hint}")
 
     def find(self, folder, image_id):
         """The file of an id in a folder, whatever its extension, or None."""

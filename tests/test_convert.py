@@ -290,6 +290,14 @@ def test_bad_folders_are_named(devkit, tmp_path):
         convert(tmp_path / "nowhere")
 
 
+def test_an_empty_list_is_an_error(devkit):
+    """With an empty val.txt, the images to evaluate on were in trainaug.txt."""
+    (devkit / "VOC2012/ImageSets/Segmentation/val.txt").write_text("\n")
+    with pytest.raises(UserError, match="val.txt: is empty"):
+        convert(devkit)
+    assert "trainaug" not in read_lists(devkit)
+
+
 # ---- the download, from a server of our own
 
 class Handler(http.server.SimpleHTTPRequestHandler):

@@ -110,6 +110,7 @@ def test_names_of_classes_keep_the_table_in_columns():
 
 
 @pytest.mark.parametrize("content, words", [
+    (b" \n", "is empty"),
     (b"ground\nowl\nowl\n", "'owl' twice"), (b"ground\n", "names 1 classes"), (b"\xff\xfea\x00", "not UTF-8"),
     (b"\n".join(b"c%d" % i for i in range(256)), "names 256 classes"), (None, "No such file")])
 def test_a_file_of_class_names_that_is_none(tmp_path, content, words):
