@@ -150,6 +150,8 @@ def notes_on(split, ids, looks, trained=()):
     counts, trained = collections.Counter(ids), set(trained)
     ids = list(counts)
     kinds = {"stand there twice": [name for name in ids if counts[name] > 1],
+             "have labels of 0 and 255 alone, background and 'not labelled'":
+                 [name for name in ids if not looks[name].pixels[1:IGNORE].any() and looks[name].pixels[IGNORE]],
              "are trained on: the same files": [name for name in ids if looks[name].digest in trained],
              "are turned or mirrored by EXIF without a change of size; look whether their labels are, too":
                  [name for name in ids if looks[name].turned]}

@@ -30,6 +30,7 @@ OWN_LABELS, SBD_LABELS = "SegmentationClass", "SegmentationClassAug"
 LABEL_FOLDERS = (OWN_LABELS, SBD_LABELS, "SegmentationClassPNG", "masks")  # the third is that of older labelme exports
 LABEL_MODES = ("P", "L", "1")  # Pillow's names for an index of up to 8 bits, a grey value of as many, and a single bit
 LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF", "HEIF", "WEBP", "JXL", "jpeg in TIFF", "tiff_jpeg in TIFF")
+ORIENTATION = 0x0112  # EXIF's number of it; 1: upright, or none
 FACTORS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies grey values of 2 and of 4 bits
 NO_RANGE = ("{}: its values lie in {:g}..{:g}, which does not say what is white; scale all images alike and save "
             "them as 8-bit: Image.fromarray((values * (255 / WHITE)).astype('uint8')), WHITE being the value of white")
@@ -121,7 +122,7 @@ def read_image(path):
 def decode_image(path):
     """-> (the image, as of read_image; its EXIF orientation, 1 if it has none)"""
     with opened(path, "image") as image:
-        deep, orientation = ";16" in raw_mode(image), image.getexif().get(0x0112, 1)
+        deep, orientation = ";16" in raw_mode(image), image.getexif().get(ORIENTATION, 1)
         ImageOps.exif_transpose(image, in_place=True)
         pixels = np.array(to_rgb(image, path))
         if deep and not pixels.any():  # Pillow keeps the upper byte
@@ -167,6 +168,10 @@ def decode_label(path):
             problem = f"is in colours or another form (mode {image.mode}), not 8-bit class indices"
         elif image.mode != "P" and ";" in raw and raw not in FACTORS:
             problem = f"has other values in the file than Pillow gives ({raw}: white is zero, or a scale)"
+        elif getattr(image, "is_animated", False):
+            problem = "holds several images, of which Pillow gives the first"
+        elif image.getexif().get(ORIENTATION, 1) != 1:
+            problem = "is turned or mirrored by EXIF, which some programs read and others ignore"
         if problem:
             raise UserError(f"{path}: the label {problem}; export it anew as a palette or 8-bit grey PNG whose pixel "
                             "values are the classes")

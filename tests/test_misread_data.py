@@ -182,6 +182,29 @@ def test_values_that_pillow_changes_are_refused(tmp_path):
     assert np.array_equal(decode_label(tmp_path / "plain.pgm")[0], pixels)
 
 
+def test_labels_of_several_images_and_turned_ones_are_refused(tmp_path):
+    """A page for each class, of which the first alone would be read; a label that EXIF turns, as viewers show it."""
+    pages = [Image.fromarray(np.full((3, 4), page, np.uint8)) for page in (0, 1)]
+    for path in (tmp_path / "pages.tif", tmp_path / "pages.png"):
+        pages[0].save(path, save_all=True, append_images=pages[1:])
+        with pytest.raises(UserError, match=rf"{path.name}: the label holds several images"):
+            decode_label(path)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pages[1].save(tmp_path / "turned.png", exif=exif)
+    with pytest.raises(UserError, match="turned.png: the label is turned or mirrored by EXIF"):
+        decode_label(tmp_path / "turned.png")
+
+
+def test_labels_of_0_and_255_among_others_are_counted_in_a_note(tmp_path):
+    data = write(tmp_path / "data", [(1, 2)] * 4 + [(255,)] * 2)
+    lists(data, train=["p0", "p1", "p4"], val=["p2", "p5"])
+    output = checked(data, tmp_path / "run")
+    for split, count, name in (("train", 3, "p4"), ("val", 2, "p5")):
+        assert (f"note: the list '{split}': 1 of {count} images have labels of 0 and 255 alone, background and "
+                f"'not labelled': {name}\n") in output
+
+
 def test_masks_of_0_and_255_are_told_the_value_of_the_object(tmp_path):
     data = write(tmp_path / "data", [(255,)] * 5, names="ground\ncat\n")
     line = refused(data, tmp_path / "run")
