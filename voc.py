@@ -296,29 +296,29 @@ class VOC(Dataset):
             hint = f"make it with: {shlex.join(command)}; data of your own takes --classes FILE"
         raise UserError(f"{path}: there is no such list; {hint}")
 
-    def find(self, folder, image_id):
-        """The file of an id in a folder, whatever its extension, or None."""
-        path = folder / image_id
-        if path.parent not in self.listings:
-            files = {}  # {name without extension: [paths]}
-            for file in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
-                if is_readable(file):
-                    files.setdefault(file.stem, []).append(file)
-            self.listings[path.parent] = files  # at once, as other threads look there
-        found = self.listings[path.parent].get(path.name, [])
+    def find(self, image_id, *folders):
+        """The file of an id in some folders, whatever its extension, or None."""
+        found = []
+        for path in (folder / image_id for folder in folders):
+            if path.parent not in self.listings:
+                files = {}  # {name without extension: [paths]}
+                for file in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
+                    if is_readable(file):
+                        files.setdefault(file.stem, []).append(file)
+                self.listings[path.parent] = files  # at once, as other threads look there
+            found += self.listings[path.parent].get(path.name, [])
         if len(found) > 1:
-            raise UserError(f"{found[0]}: {found[1].name} has the same name but for the extension; keep one")
+            raise UserError(f"{found[0]}: {found[1]} has the same name but for the folder or the extension; keep one")
         return found[0] if found else None
 
     def image_path(self, image_id):
-        return self.find(self.images, image_id) or self.images / f"{image_id}.jpg"
+        return self.find(image_id, self.images) or self.images / f"{image_id}.jpg"
 
     def label_path(self, image_id):
-        folders = self.labels
+        own, sbd = [folder for folder in self.labels if folder.name != SBD_LABELS], [self.root / SBD_LABELS]
         if self.split in SBD_LISTS:
-            folders = [self.root / (OWN_LABELS if image_id in self.voc_train else SBD_LABELS)]
-        found = (self.find(folder, image_id) for folder in folders)
-        return next(filter(None, found), folders[0] / f"{image_id}.png")
+            own, sbd = ([self.root / OWN_LABELS], []) if image_id in self.voc_train else ([], sbd)
+        return self.find(image_id, *own) or self.find(image_id, *sbd) or (own + sbd)[0] / f"{image_id}.png"
 
     def files(self):
         """Every file that is read."""
@@ -362,7 +362,7 @@ class VOC(Dataset):
 
     def check_images(self, ids):
         """Raises UserError if some ids have no image, naming the line of the list that has the first of them."""
-        absent = [f"'{image_id}'" for image_id in ids if self.find(self.images, image_id) is None]
+        absent = [f"'{image_id}'" for image_id in ids if self.find(image_id, self.images) is None]
         if absent:
             where, hint = self.root, "restore it"
             if self.list_file:
