@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from files import check_writable, remove_leftovers, whole_file, write_whole
-from voc import CLASSES, palette, read_lines
+from voc import CLASSES, LISTS, OWN_LABELS, SBD_LABELS, palette, read_lines
 
 FULL_COUNTS = {"aug": 9118, "trainaug": 10582}  # ids in the lists that the full data gives
 
@@ -55,7 +55,7 @@ def main(args):
     if args.download:
         fetch(VOC_ARCHIVE, voc)
         fetch(SBD_ARCHIVE, args.aug / "dataset")
-    lists = voc / "ImageSets" / "Segmentation"
+    lists = voc / LISTS
     if not lists.is_dir():
         raise cli.UserError(f"{lists}: there is no such folder; DEVKIT must hold VOC2012, which --download fetches")
     train, val = (set(read_lines(lists / f"{name}.txt")) for name in ("train", "val"))
@@ -63,8 +63,8 @@ def main(args):
     if not mats:
         raise cli.UserError(f"{args.aug}: holds no .mat files in dataset/cls or cls; AUG must hold SBD, which "
                             "--download fetches")
-    out_dir = args.out_dir or voc / "SegmentationClassAug"
-    if out_dir.resolve() == (voc / "SegmentationClass").resolve():
+    out_dir = args.out_dir or voc / SBD_LABELS
+    if out_dir.resolve() == (voc / OWN_LABELS).resolve():
         raise cli.UserError(f"{out_dir}: holds VOC's own labels, which SBD's would overwrite; name another folder "
                             "with -o")
     for folder in (lists, out_dir):
@@ -80,12 +80,10 @@ def main(args):
         full = FULL_COUNTS[name]
         note = "" if len(ids) == full else f" (note: the full data gives {full:,})"
         print(f"{name}.txt: {len(ids):,} images{note}")
-    for problem in problems.values():
-        print(f"{cli.PROG}: error: {problem}", file=sys.stderr)
-    if problems:
-        print(f"{cli.PROG}: error: the lists leave out these images; fix the files and run the same command again",
-              file=sys.stderr)
-    return 1 if problems else 0
+    hint = "the lists leave out these images; fix the files and run the same command again"
+    for line in [*problems.values(), hint] if problems else ():
+        print(f"{cli.PROG}: error: {line}", file=sys.stderr)
+    return int(bool(problems))
 
 
 # ---- conversion
@@ -110,8 +108,9 @@ def convert_all(mats, out_dir, processes):
 
 def convert(mat, png):
     """Converts a .mat file to a palette PNG unless that is done. -> an error message or None"""
-    if not mat.is_file():  # opening a FIFO would block
-        return f"{mat}: is not a file; delete it, or unpack SBD again"
+    for path in (mat, png):
+        if path.exists() and not path.is_file():  # opening a FIFO would block
+            return f"{path}: is not a file; delete it and run the same command again"
     if len(mat.stem.split()) != 1 or not mat.stem.isprintable():  # the lists are split at white space
         return f"{mat}: its name is not an image id; rename or delete it"
     if is_done(mat, png):

@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cli import UserError, first_line, held_signals, start_worker, usable_cores
 from transforms import TrainAugmentation, fit_into
-from voc import CLASSES, IGNORE, LISTS, VOC, check_palettes, digest, digest_of, first_of, read_classes
+from voc import CLASS_NAMES, CLASSES, IGNORE, LISTS, VOC, check_palettes, digest, digest_of, first_of, read_classes
 
 DATA_SET = VOC  # to use another data set, put its class here; VOC's docstring says what it must offer
-CLASS_NAMES = "class_names.txt"  # in the data folder, as labelme2voc writes it
 DEFAULT_FRACTION = 0.2  # of the images with labels, to evaluate on
 ORDER_PURPOSE, SAMPLE_PURPOSE, SPLIT_PURPOSE = range(3)  # what a generator of the seed is for
 WORKERS = 4  # for each rank, if the cores suffice
@@ -57,34 +56,34 @@ def open_training(args, lists=None):
     args: train.py's flags; a --train_split of None is trainaug for VOC's classes, else train
     lists: those of the checkpoint that a run resumes from
     """
-    root = Path(args.data_path)
-    classes_file = args.classes or (root / CLASS_NAMES if (root / CLASS_NAMES).is_file() else None)
-    classes = read_classes(classes_file) if classes_file else CLASSES
-    if lists is None and DATA_SET.has_lists(root):
-        if args.val_fraction is not None:
-            raise UserError(f"--val_fraction {args.val_fraction} has no effect: {root} holds lists; leave it out")
-        train_split = args.train_split or ("train" if classes_file else "trainaug")
-        return TrainingData(classes, DATA_SET(root, train_split), DATA_SET(root, args.val_split))
+    root, notes = Path(args.data_path), []
+    names = args.classes or (root / CLASS_NAMES if (root / CLASS_NAMES).is_file() else None)
+    classes = read_classes(names) if names else CLASSES
+    listed = lists is None and DATA_SET.has_lists(root)
+    splits = {"train": args.train_split or ("trainaug" if listed and not names else "train"), "val": args.val_split}
+    useless = [f"--{part}_split {split}" for part, split in splits.items() if split != part and not listed]
+    if args.val_fraction is not None and (listed or lists):
+        useless.append(f"--val_fraction {args.val_fraction}")
+    if useless and lists is None:
+        raise UserError(f"{useless[0]} has no effect: {root} holds {'' if listed else 'no '}lists; leave it out")
+    if listed:
+        return TrainingData(classes, DATA_SET(root, splits["train"]), DATA_SET(root, splits["val"]))
     ids, skipped = DATA_SET.labelled(root)
-    if lists is None:
-        if classes_file is None:
-            raise UserError(f"{root}: holds images and labels, but neither lists in {LISTS} nor {CLASS_NAMES}; name "
-                            f"your classes, one a line, in {CLASS_NAMES} there or by --classes FILE")
-        for name, split in (("train", args.train_split or "train"), ("val", args.val_split)):
-            if split != name:
-                raise UserError(f"--{name}_split {split} has no effect: {root} holds no lists; make them, or leave it "
-                                "out")
-        if len(ids) < 2:
-            raise UserError(f"{root}: holds {len(ids)} images with labels of their names; at least 2 are needed, one "
-                            "to train on and one to evaluate on" + (skipped and f"; {skipped}"))
-        lists = split_by_seed(ids, args.val_fraction or DEFAULT_FRACTION, args.seed)
-        origin = DRAWN
+    if lists is None and names is None:
+        raise UserError(f"{root}: holds images and labels, but neither lists in {LISTS} nor {CLASS_NAMES}; name your "
+                        f"classes, one a line, in {CLASS_NAMES} there or by --classes FILE")
+    if lists:
+        others, origin = len(set(ids).difference(*lists.values())), "the checkpoint's lists"
+        notes += [f"{others} labelled images are in neither of the checkpoint's lists, and not used"] * (others > 0)
+        notes += [f"{flag} has no effect: the run keeps the lists of its checkpoint" for flag in useless]
+    elif len(ids) < 2:
+        raise UserError(f"{root}: holds {len(ids)} images with labels of their names; at least 2 are needed, one to "
+                        "train on and one to evaluate on" + (skipped and f"; {skipped}"))
     else:
-        others = len(set(ids).difference(*lists.values()))
-        skipped = f"{others} labelled images are in neither of the checkpoint's lists, and not used" if others else ""
-        origin = "the checkpoint's lists"
-    train, val = (DATA_SET(root, split, lists[split]) for split in ("train", "val"))
-    return TrainingData(classes, train, val, lists, origin, (skipped,) if skipped else ())
+        lists, origin = split_by_seed(ids, args.val_fraction or DEFAULT_FRACTION, args.seed), DRAWN
+        notes += [skipped] * (skipped != "")
+    train, val = (DATA_SET(root, part, lists[part]) for part in ("train", "val"))
+    return TrainingData(classes, train, val, lists, origin, tuple(notes))
 
 
 def open_checked(args, lists, ranks):
@@ -96,23 +95,23 @@ def open_checked(args, lists, ranks):
     data = open_training(args, lists)
 
     def check():
-        _, val_sizes = (part.check(len(data.classes)) for part in (data.train, data.val))
-        parts, found = {"train": data.train.ids, "val": data.val.ids}, {}
-        looks = {**getattr(data.train, "looks", {}), **getattr(data.val, "looks", {})}
-        if looks and data.origin == DRAWN:
-            parts = with_every_class(parts, {name: look.pixels[:IGNORE] > 0 for name, look in looks.items()})
+        _, sizes = (part.check(len(data.classes)) for part in (data.train, data.val))
+        looks, found = {**getattr(data.train, "looks", {}), **getattr(data.val, "looks", {})}, {}
         if looks:
-            val_sizes, found = [looks[name].size for name in parts["val"]], look_over(data, parts, looks)
-        return data.digests(), parts, val_sizes, found
+            parts = {"train": data.train.ids, "val": data.val.ids}
+            if data.origin == DRAWN:
+                parts = with_every_class(parts, {name: look.pixels[:IGNORE] > 0 for name, look in looks.items()})
+                found = {"lists": parts}
+            found |= look_over(data, parts, looks)
+            sizes = [looks[name].size for name in parts["val"]]
+        return data.digests(), sizes, found
 
-    digests, parts, val_sizes, found = ranks.once_a_machine(check)
+    digests, sizes, found = ranks.once_a_machine(check)
     if digests != data.digests():
         raise UserError(f"{args.data_path}: its lists differ from those of rank 0's machine; copy the same data to "
                         "every machine")
-    if data.lists not in (None, parts):
-        train, val = (DATA_SET(args.data_path, split, parts[split]) for split in ("train", "val"))
-        data = dataclasses.replace(data, train=train, val=val, lists=parts)
-    return dataclasses.replace(data, **found), val_sizes
+    found |= {part: DATA_SET(args.data_path, part, ids) for part, ids in found.get("lists", {}).items()}
+    return dataclasses.replace(data, **found), sizes
 
 
 def look_over(data, parts, looks):
@@ -122,22 +121,21 @@ def look_over(data, parts, looks):
     Raises UserError if palettes contradict indices, or no training label has an object.
     """
     check_palettes(list(looks.values()), data.classes)
-    train, val, seen = data.train.split, data.val.split, {}
+    train, val, seen, images = data.train.split, data.val.split, {}, {}
     for name, ids in parts.items():
-        pixels = np.stack([looks[image_id].pixels for image_id in ids])
-        sizes = collections.Counter(looks[image_id].size for image_id in ids)
+        own = [looks[image_id] for image_id in ids]
+        pixels, sizes = np.stack([look.pixels for look in own]), collections.Counter(look.size for look in own)
         seen[name] = {"images": (pixels > 0).sum(0), "pixels": pixels.sum(0), "sizes": sizes}
-    images = {name: [looks[image_id].digest for image_id in ids] for name, ids in parts.items()}
+        images[name] = [look.digest for look in own]
     nothing, notes = notes_on(train, parts["train"], looks)
     if nothing:
         raise UserError(nothing)
     nothing, more = notes_on(val, parts["val"], looks, images["train"])
     here, there = (seen[name]["images"][:len(data.classes)] for name in ("train", "val"))
-    how = {"": "--val_split LIST takes another one; without lists, --seed and --val_fraction draw one",
-           DRAWN: "another --seed or --val_fraction draws another one"}.get(data.origin, "a new run draws another one")
     absent = [data.classes[index] for index in np.flatnonzero((here > 0) & (there == 0))]
     if absent:
-        more.append(f"the list '{val}' lacks {first_of(absent, ', ')} of the list '{train}'; {how}")
+        more.append(f"the list '{val}' lacks {first_of(absent, ', ')} of the list '{train}'; take another "
+                    "one by --val_split or, where the folder has no lists, by --seed and --val_fraction of a new run")
     alone = [data.classes[index] for index in np.flatnonzero((here == 1) & (there == 0))]
     if alone and data.origin == DRAWN:
         more.append(f"a single image has {first_of(alone, ', ')}: it is trained on")
@@ -149,14 +147,16 @@ def notes_on(split, ids, looks, trained=()):
 
     looks: {id: Look}; trained: the digests of training images
     """
-    twice = [image_id for image_id, count in collections.Counter(ids).items() if count > 1]
-    ids, trained = list(dict.fromkeys(ids)), set(trained)
+    counts, trained = collections.Counter(ids), set(trained)
+    ids = list(counts)
+    kinds = {"stand there twice": [name for name in ids if counts[name] > 1],
+             "have labels of 0 and 255 alone, background and 'not labelled'":
+                 [name for name in ids if not looks[name].pixels[1:IGNORE].any() and looks[name].pixels[IGNORE]],
+             "are trained on: the same files": [name for name in ids if looks[name].digest in trained],
+             "are turned or mirrored by EXIF without a change of size; look whether their labels are, too":
+                 [name for name in ids if looks[name].turned]}
     notes = [f"the list '{split}': {len(found)} of {len(ids)} images {what}: {first_of(found, ', ')}"
-             for found, what in (
-        (twice, "stand there twice"),
-        ([image_id for image_id in ids if looks[image_id].digest in trained], "are trained on: the same files"),
-        ([image_id for image_id in ids if looks[image_id].turned],
-         "are turned or mirrored by EXIF without a change of size; look whether their labels are, too")) if found]
+             for what, found in kinds.items() if found]
     images = sum(looks[image_id].pixels > 0 for image_id in ids)
     if images[1:IGNORE].any():
         return None, notes
@@ -192,17 +192,16 @@ def with_every_class(parts, has):
         tables = [np.stack([has[image_id] for image_id in part]).astype(int) for part in parts]
         counts = [table.sum(0) for table in tables]
         lacked = [want & (count == 0) for want, count in zip(wanted, counts, strict=True)]
-        best = sum(map(np.sum, lacked)), None
+        swaps = []
         for here, there in ((0, 1), (1, 0)):
             for comes in np.flatnonzero(tables[there] @ lacked[here]):
                 change = tables[there][comes] - tables[here]  # of the counts here, by each image that may go
                 lacks = (wanted[here] & (counts[here] == -change)).sum(1)
                 lacks += (wanted[there] & (counts[there] == change)).sum(1)
-                goes = int(lacks.argmin())
-                best = min(best, (lacks[goes], (here, goes, there, comes)), key=lambda pair: pair[0])
-        if best[1] is None:
+                swaps.append((lacks.min(), here, lacks.argmin(), there, comes))
+        best, here, goes, there, comes = min(swaps, key=lambda swap: swap[0], default=(math.inf,) * 5)
+        if best >= np.sum(lacked):
             return {"train": sorted(parts[0]), "val": sorted(parts[1])}
-        here, goes, there, comes = best[1]
         parts[here][goes], parts[there][comes] = parts[there][comes], parts[here][goes]
 
 

@@ -93,7 +93,7 @@ def find_photographs(inputs, save_dir):
         skipped += [f"skipped, it is read under another name: {path}" for path in again]
         for path in paths:
             inside = Path(os.path.realpath(given)) in out.parents and out in Path(os.path.realpath(path)).parents
-            if inside or any(part.startswith(".") for part in path.relative_to(given).parts):
+            if inside:
                 continue
             if is_readable(path):
                 found.setdefault(path, id_of(path, given))

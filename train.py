@@ -48,7 +48,7 @@ from fcn8s import BACKBONES, DEFAULT_BACKBONE, FCN8s
 from inference import Protocol, check_scales, draw, draw_data, evaluate
 from metrics import WARM_UP_ITERS, Speed, peak_memory, scores_of
 from transforms import prepare, prepare_batch
-from voc import IGNORE, palette
+from voc import CLASS_NAMES, IGNORE, palette
 from weights import load_resumed, load_start, resume
 from work_dir import memory_hint, open_work_dir, start_lines
 
@@ -74,7 +74,7 @@ def parse_args(argv=None):
                             help="a folder in VOC's layout, say data/VOCdevkit/VOC2012")
     essentials.add_argument("--classes", metavar="FILE",
                             help="names of your own classes, one a line, the first the background (default: "
-                                 "class_names.txt in the data folder, else VOC's 21)")
+                                 f"{CLASS_NAMES} in the data folder, else VOC's 21)")
     essentials.add_argument("--backbone", default=DEFAULT_BACKBONE, choices=tuple(BACKBONES),
                             help="(default: %(default)s)")
     essentials.add_argument("--pretrained", default="imagenet", metavar="imagenet|none|NAME|FILE",

@@ -3,11 +3,9 @@
 Shapes: an image is uint8 [3, H, W], RGB, 0..255; a label uint8 [H, W], a class index or 255 (IGNORE) a pixel.
 """
 import contextlib
-import functools
 import hashlib
 import os
 import shlex
-import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +22,7 @@ CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus"
            "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 IGNORE = 255  # the void boundary around objects; also what pads a label
 
+CLASS_NAMES = "class_names.txt"  # in the data folder, as labelme2voc writes it
 SBD_LISTS = ("aug", "trainaug")  # the lists that convert_voc_aug.py writes
 LISTS = Path("ImageSets", "Segmentation")
 IMAGE_FOLDERS = ("JPEGImages", "images")  # VOC's name, and the one of most other data
@@ -31,8 +30,8 @@ OWN_LABELS, SBD_LABELS = "SegmentationClass", "SegmentationClassAug"
 LABEL_FOLDERS = (OWN_LABELS, SBD_LABELS, "SegmentationClassPNG", "masks")  # the third is that of older labelme exports
 LABEL_MODES = ("P", "L", "1")  # Pillow's names for an index of up to 8 bits, a grey value of as many, and a single bit
 LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF", "HEIF", "WEBP", "JXL", "jpeg in TIFF", "tiff_jpeg in TIFF")
+ORIENTATION = 0x0112  # EXIF's number of it; 1: upright, or none
 FACTORS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies grey values of 2 and of 4 bits
-TWELVE_BITS = 2 ** 12 - 1  # 16-bit values that do not exceed it leave their range unused
 NO_RANGE = ("{}: its values lie in {:g}..{:g}, which does not say what is white; scale all images alike and save "
             "them as 8-bit: Image.fromarray((values * (255 / WHITE)).astype('uint8')), WHITE being the value of white")
 HEIC = (".heic", ".heif")  # what phones take
@@ -65,14 +64,15 @@ def first_of(texts, separator="; "):
 
 
 def read_lines(path):
-    """The lines of a UTF-8 text, stripped, without blank ones."""
+    """The lines of a UTF-8 text, stripped, without blank ones; at least one."""
+    lines, problem = [], "is empty; it takes one name a line"
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
-    return [line.strip() for line in lines if line.strip()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", "is not UTF-8 text; save it as UTF-8")
+    if not lines:
+        raise UserError(f"{path}: {problem}")
+    return lines
 
 
 def digest(ids):
@@ -87,12 +87,11 @@ def read_classes(path):
     """
     names = read_lines(path)
     names = names[1:] if names[:1] == ["__ignore__"] else names
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise UserError(f"{path}: names the class '{twice}' twice; each has a name of its own")
-    if not 2 <= len(names) <= IGNORE:
-        raise UserError(f"{path}: names {len(names)} classes; it takes 2 to {IGNORE}, one a line, the first the "
-                        "background")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice or not 2 <= len(names) <= IGNORE:
+        problem = f"the class '{twice[0]}' twice" if twice else f"{len(names)} classes"
+        raise UserError(f"{path}: names {problem}; it takes 2 to {IGNORE} different names, one a line, the first that "
+                        "of the background")
     return tuple(names)
 
 
@@ -100,15 +99,13 @@ def read_classes(path):
 def opened(path, kind):
     """Yields the Pillow image of a file, an "image" or a "label". What goes wrong in the block is a UserError, too."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise UserError(f"{path}: is no regular file; remove it")
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
-        hint = "add it, or take its id out of the list"
-        if path.parent.name == SBD_LABELS:
-            hint = "convert_voc_aug.py makes it"
-        elif not path.parent.is_dir():
+        hint = "convert_voc_aug.py makes it" if path.parent.name == SBD_LABELS else "add or restore it"
+        if not path.parent.is_dir():
             hint = "its folder is not there any more; mount or restore it"
         raise UserError(f"{path}: there is no such {kind}; {hint}") from None
     except (UserError, PermissionError):
@@ -122,15 +119,10 @@ def read_image(path):
     return decode_image(path)[0]
 
 
-def read_label(path):
-    """The class indices of a label file, uint8 [H, W], as they lie in the file."""
-    return decode_label(path)[0]
-
-
 def decode_image(path):
     """-> (the image, as of read_image; its EXIF orientation, 1 if it has none)"""
     with opened(path, "image") as image:
-        deep, orientation = ";16" in raw_mode(image), image.getexif().get(0x0112, 1)
+        deep, orientation = ";16" in raw_mode(image), image.getexif().get(ORIENTATION, 1)
         ImageOps.exif_transpose(image, in_place=True)
         pixels = np.array(to_rgb(image, path))
         if deep and not pixels.any():  # Pillow keeps the upper byte
@@ -154,7 +146,8 @@ def to_rgb(image, name="the image"):
     Raises UserError for values that are neither 0..255 nor 16 bits: no image is scaled by its own maximum.
     """
     if image.mode.startswith(("I", "F")):
-        values, (least, most) = np.asarray(image), (1, 255) if image.mode == "F" else (TWELVE_BITS, 2 ** 16 - 1)
+        # 16-bit values that fit into 12 bits leave their range unused.
+        values, (least, most) = np.asarray(image), (1, 255) if image.mode == "F" else (2 ** 12 - 1, 2 ** 16 - 1)
         if not (values.min() >= 0 and least < values.max() <= most):  # nor is NaN
             raise UserError(NO_RANGE.format(name, values.min(), values.max()))
         image = Image.fromarray((values if image.mode == "F" else values // 256).astype(np.uint8))
@@ -164,7 +157,7 @@ def to_rgb(image, name="the image"):
 
 
 def decode_label(path):
-    """-> (the label, as of read_label; its palette [r, g, b, r, g, b, ...], or None)"""
+    """-> (the class indices, uint8 [H, W], as they lie in the file; its palette [r, g, b, r, g, b, ...], or None)"""
     with opened(path, "label") as image:
         raw = raw_mode(image).removesuffix("R").removesuffix(";")  # an order of bits
         kind = image.format if image.format != "TIFF" else f"{image.info.get('compression')} in TIFF"
@@ -175,6 +168,10 @@ def decode_label(path):
             problem = f"is in colours or another form (mode {image.mode}), not 8-bit class indices"
         elif image.mode != "P" and ";" in raw and raw not in FACTORS:
             problem = f"has other values in the file than Pillow gives ({raw}: white is zero, or a scale)"
+        elif getattr(image, "is_animated", False):
+            problem = "holds several images, of which Pillow gives the first"
+        elif image.getexif().get(ORIENTATION, 1) != 1:
+            problem = "is turned or mirrored by EXIF, which some programs read and others ignore"
         if problem:
             raise UserError(f"{path}: the label {problem}; export it anew as a palette or 8-bit grey PNG whose pixel "
                             "values are the classes")
@@ -207,17 +204,17 @@ def check_palettes(looks, classes):
     With VOC's classes, a palette of VOC's colours has each at its own index. With others, an index has one colour.
     """
     vocs = {tuple(palette()[index].tolist()): index for index in (*range(len(CLASSES)), IGNORE)}
-    known = {index: (colour, "VOC", None) for colour, index in vocs.items()} if classes == CLASSES else {}
+    known = {index: (colour, None) for colour, index in vocs.items()} if classes == CLASSES else {}
     problems, folders = [], set()
     for look in looks:
         colours = set(look.colours.values())
         if classes == CLASSES and (not colours <= vocs.keys() or len(colours) < len(look.colours)):
             continue
         for index, colour in look.colours.items():
-            other, where, folder = known.setdefault(index, (colour, look.label, look.label.parent))
+            other, label = known.setdefault(index, (colour, look.label))
             if other != colour:
-                problems.append(f"index {index} is {colour} in {look.label}, {other} in {where}")
-                folders |= {str(look.label.parent), str(folder or look.label.parent)}
+                problems.append(f"index {index} is {colour} in {look.label}, {other} in {label or 'VOC'}")
+                folders |= {str(path.parent) for path in (look.label, label) if path}
                 break
     if problems:
         raise UserError(f"{len(problems)} labels have palettes that contradict their indices, which a program may have "
@@ -243,14 +240,9 @@ class VOC(Dataset):
 
     def __init__(self, root, split, ids=None):
         self.root, self.split, self.listings, self.looks = Path(root), split, {}, {}
-        if (self.root / "VOC2012").is_dir():
-            raise UserError(f"{root}: holds no data itself; it holds VOC2012: pass that folder")
-        if not self.root.is_dir():
-            raise UserError(f"{root}: there is no such folder; --data_path takes one such as data/VOCdevkit/VOC2012")
         self.images, *_ = self.folders("images", IMAGE_FOLDERS)
         self.labels = self.folders("labels", LABEL_FOLDERS)
-        if ids is None and not self.has_lists(root):
-            raise UserError(f"{root}: has no lists in {LISTS}; write {split}.txt there, an image id a line")
+        self.list_file = self.root / LISTS / f"{split}.txt" if ids is None else None
         self.ids = self.read_list(split) if ids is None else as_file_names(ids)
         self.voc_train = set(self.read_list("train")) if split in SBD_LISTS else ()
 
@@ -258,8 +250,11 @@ class VOC(Dataset):
         """Those of the folders that are there, at least one."""
         found = [self.root / name for name in names if (self.root / name).is_dir()]
         if not found:
-            raise UserError(f"{self.root}: has no folder of {kind} ({' or '.join(names)}); --data_path takes a folder "
-                            "that has")
+            there = f"has no folder of {kind} ({' or '.join(names)})"
+            hint = "--data_path takes a folder such as data/VOCdevkit/VOC2012"
+            if (self.root / "VOC2012").is_dir():
+                hint = "it holds VOC2012: pass that folder"
+            raise UserError(f"{self.root}: {there if self.root.is_dir() else 'there is no such folder'}; {hint}")
         return found
 
     @staticmethod
@@ -279,8 +274,7 @@ class VOC(Dataset):
         walks = [(folder, *walk(folder)) for folder in (data.images, *data.labels)]
         images, *labels = ({id_of(path, folder) for path in files if is_readable(path)} for folder, files, _ in walks)
         labels = set().union(*labels)
-        unknown = [path for path in walks[0][1] if path.is_file() and not path.name.startswith(".")
-                   and not is_readable(path) and id_of(path, data.images) not in images]
+        unknown = [path for path in walks[0][1] if not is_readable(path) and id_of(path, data.images) not in images]
         notes = [f"{len(ids)} {kind} ({first_of(sorted(ids), ', ')})"
                  for ids, kind in ((images - labels, "images without a label of their name"),
                                    (labels - images, "labels without an image")) if ids]
@@ -292,38 +286,39 @@ class VOC(Dataset):
     def read_list(self, split):
         """The ids in a list."""
         path = self.root / LISTS / f"{split}.txt"
-        if not path.is_file():
+        if path.is_file():
+            return as_file_names(read_lines(path))
+        lists = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
+        hint = f"it takes one image id a line; the lists there: {lists}"
+        if split in SBD_LISTS:
             devkit = (self.root.resolve() if self.root.name in ("", "..") else self.root).parent
-            if split in SBD_LISTS:
-                command = ["python", "convert_voc_aug.py", str(devkit), str(devkit / "VOCaug")]
-                hint = f"make it with: {shlex.join(command)}; data of your own takes --classes FILE"
-            else:
-                hint = "the lists there: " + ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
-            raise UserError(f"{path}: there is no such list; {hint}")
-        ids = read_lines(path)
-        if not ids:
-            raise UserError(f"{path}: the list is empty; it takes one image id a line")
-        return as_file_names(ids)
+            command = ["python", "convert_voc_aug.py", str(devkit), str(devkit / "VOCaug")]
+            hint = f"make it with: {shlex.join(command)}; data of your own takes --classes FILE"
+        raise UserError(f"{path}: there is no such list; {hint}")
 
-    def find(self, folder, image_id):
-        """The file of an id in a folder, whatever its extension, or None."""
-        path = folder / image_id
-        if path.parent not in self.listings:
-            self.listings[path.parent] = readable_files(path.parent)
-        found = self.listings[path.parent].get(path.name, [])
+    def find(self, image_id, *folders):
+        """The file of an id in some folders, whatever its extension, or None."""
+        found = []
+        for path in (folder / image_id for folder in folders):
+            if path.parent not in self.listings:
+                files = {}  # {name without extension: [paths]}
+                for file in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
+                    if is_readable(file):
+                        files.setdefault(file.stem, []).append(file)
+                self.listings[path.parent] = files  # at once, as other threads look there
+            found += self.listings[path.parent].get(path.name, [])
         if len(found) > 1:
-            raise UserError(f"{found[0]}: {found[1].name} has the same name but for the extension; keep one")
+            raise UserError(f"{found[0]}: {found[1]} has the same name but for the folder or the extension; keep one")
         return found[0] if found else None
 
     def image_path(self, image_id):
-        return self.find(self.images, image_id) or self.images / f"{image_id}.jpg"
+        return self.find(image_id, self.images) or self.images / f"{image_id}.jpg"
 
     def label_path(self, image_id):
-        folders = self.labels
+        own, sbd = [folder for folder in self.labels if folder.name != SBD_LABELS], [self.root / SBD_LABELS]
         if self.split in SBD_LISTS:
-            folders = [self.root / (OWN_LABELS if image_id in self.voc_train else SBD_LABELS)]
-        found = (self.find(folder, image_id) for folder in folders)
-        return next(filter(None, found), folders[0] / f"{image_id}.png")
+            own, sbd = ([self.root / OWN_LABELS], []) if image_id in self.voc_train else ([], sbd)
+        return self.find(image_id, *own) or self.find(image_id, *sbd) or (own + sbd)[0] / f"{image_id}.png"
 
     def files(self):
         """Every file that is read."""
@@ -334,26 +329,25 @@ class VOC(Dataset):
 
     def __getitem__(self, index):
         """(image uint8 [3, H, W], label uint8 [H, W])."""
-        image_id = self.ids[index]
-        image, label = read_image(self.image_path(image_id)), read_label(self.label_path(image_id))
-        self.compare(image_id, image, label)
-        return image, label
+        return self.read(self.ids[index])[:2]
 
-    def compare(self, image_id, image, label, orientation=1):
-        """Raises UserError unless an image, of that EXIF orientation, and its label are of one size."""
+    def read(self, image_id):
+        """-> (image, label, EXIF orientation of the image, palette of the label). Raises UserError unless both are of
+        one size."""
+        path = self.label_path(image_id)
+        (image, orientation), (label, table) = decode_image(self.image_path(image_id)), decode_label(path)
         if image.shape[1:] != label.shape:
             hint = "they must be of one size"
             if orientation > 4 and image.shape[:0:-1] == label.shape:
                 hint = "EXIF turns the image: turn the label, too, or remove the orientation from the image"
-            raise UserError(f"{self.label_path(image_id)}: the label is {label.shape[1]}x{label.shape[0]} pixels, "
-                            f"its image {image.shape[2]}x{image.shape[1]}; {hint}")
+            raise UserError(f"{path}: the label is {label.shape[1]}x{label.shape[0]} pixels, its image "
+                            f"{image.shape[2]}x{image.shape[1]}; {hint}")
+        return image, label, orientation, table
 
     def look(self, image_id, num_classes):
-        """-> (what is wrong, or None; a Look)"""
-        image_path, path = self.image_path(image_id), self.label_path(image_id)
+        """-> a Look, or what is wrong, as text"""
         try:
-            (image, orientation), (label, table) = decode_image(image_path), decode_label(path)
-            self.compare(image_id, image, label, orientation)
+            path, (_, label, orientation, table) = self.label_path(image_id), self.read(image_id)
             pixels = np.array(Image.fromarray(label.numpy()).histogram())
             used = np.flatnonzero(pixels).tolist()
             wrong = [value for value in used if num_classes <= value != IGNORE]
@@ -361,20 +355,21 @@ class VOC(Dataset):
                 raise UserError(f"{path}: label value {wrong[0]} is no class; valid are 0..{num_classes - 1}, and "
                                 f"{IGNORE} for pixels to ignore")
             unseen = orientation in (2, 3, 4) or orientation > 4 and label.shape[0] == label.shape[1]
-            return None, Look(label.shape, pixels, used_colours(table, used), unseen, digest_of(image_path), path)
+            digest = digest_of(self.image_path(image_id))
+            return Look(label.shape, pixels, used_colours(table, used), unseen, digest, path)
         except (UserError, PermissionError) as error:
-            return str(error), None
+            return str(error)
 
-    def check_lines(self):
-        """Raises UserError for the first line of the list with columns, an extension or a path that is no image's."""
-        path = self.root / LISTS / f"{self.split}.txt"
-        lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else ()
-        ids = set(self.ids)
-        for number, line in enumerate(map(str.strip, lines), 1):
-            odd = len(line.split()) > 1 or "/" in line or is_readable(Path(line))
-            if odd and line in ids and self.find(self.images, line) is None:
-                raise UserError(f"{path}, line {number}: '{line}': there is no such image; a line takes the name of "
-                                f"one image in {self.images.name}, with its sub-folders, without extension")
+    def check_images(self, ids):
+        """Raises UserError if some ids have no image, naming the line of the list that has the first of them."""
+        absent = [f"'{image_id}'" for image_id in ids if self.find(image_id, self.images) is None]
+        if absent:
+            where, hint = self.root, "restore it"
+            if self.list_file:
+                lines = as_file_names(map(str.strip, self.list_file.read_text(encoding="utf-8-sig").splitlines()))
+                where = f"{self.list_file}, line {lines.index(absent[0][1:-1]) + 1}"
+                hint = "add it, or fix the line: it takes the name of an image, with its sub-folders, without extension"
+            raise UserError(f"{where}: {first_of(absent, ', ')}: there is no such image in {self.images}; {hint}")
 
     def check(self, num_classes, count=None):
         """Decodes the first `count` (default: all) images and labels, in threads, and returns their (H, W).
@@ -383,30 +378,21 @@ class VOC(Dataset):
         Raises UserError, naming the first few, for what __getitem__ cannot read, and for a label value that is neither
         a class nor IGNORE.
         """
-        self.check_lines()
         ids = self.ids[:count]
+        self.check_images(ids)
         with ThreadPoolExecutor(usable_cores()) as pool:
             found = pool.map(lambda image_id: self.look(image_id, num_classes), ids)
             looks = list(tqdm(found, f"checking {self.split}", len(ids), leave=False, disable=None))
-        problems = [problem for problem, _ in looks if problem]
+        problems = [look for look in looks if isinstance(look, str)]
         if problems:
             raise UserError(first_of(problems))
-        self.looks = {image_id: look for image_id, (_, look) in zip(ids, looks, strict=True)}
-        return [look.size for _, look in looks]
+        self.looks = dict(zip(ids, looks, strict=True))
+        return [look.size for look in looks]
 
 
 def digest_of(path):
     """A short hash of a file's content."""
     return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-
-
-def readable_files(folder):
-    """{name without extension: [paths]} of the files in a folder that Pillow reads, by their extensions."""
-    files = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if is_readable(path):
-            files.setdefault(path.stem, []).append(path)
-    return files
 
 
 def as_file_names(ids):
@@ -415,37 +401,31 @@ def as_file_names(ids):
 
 
 def is_readable(path):
-    """True if Pillow reads files of that extension, and it is none of macOS's `._` files."""
-    return path.suffix.lower() in readable_suffixes() and not path.name.startswith(".")
+    """True if Pillow decodes files of that extension, and it is none of macOS's `._` files."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    return kind in Image.OPEN and kind not in STUBS and not path.name.startswith(".")
 
 
-def walk(folder, seen=None):
-    """The files in a folder and its sub-folders, sorted, through links. A folder that is reached twice, say by a loop,
-    is read under its first name. -> (files, the other names of such folders)
+def walk(folder):
+    """The files in a folder and its sub-folders, sorted, through links, without those whose name begins with a dot. A
+    folder that is reached twice, say by a loop, is read under its first name. -> (files, other names of such folders)
     """
-    seen, files, again = set() if seen is None else seen, [], []
-    seen.add(os.path.realpath(folder))
-    for path in sorted(folder.iterdir()):
+    files, again, seen, left = [], [], set(), [folder]
+    while left:
+        path = left.pop()
         if not path.is_dir():
             files.append(path)
         elif os.path.realpath(path) in seen:
             again.append(path)
         else:
-            for found, more in zip((files, again), walk(path, seen), strict=True):
-                found += more
+            seen.add(os.path.realpath(path))
+            left += sorted((inner for inner in path.iterdir() if not inner.name.startswith(".")), reverse=True)
     return files, again
 
 
 def id_of(path, folder):
     """The path of a file in a folder, without extension."""
     return str(path.relative_to(folder).with_suffix(""))
-
-
-@functools.cache
-def readable_suffixes():
-    """The extensions, in lower case, of the formats that Pillow decodes."""
-    Image.init()
-    return {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in STUBS}
 
 
 def heic_hint(paths):

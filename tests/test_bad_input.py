@@ -75,7 +75,8 @@ def list_not_in_utf8(data, first):
 
 SPOILED = [(no_lists, "holds images and labels, but neither lists"), (no_trainaug, "python convert_voc_aug.py"),
            (no_val, "the lists there: aug"),
-           (empty_list, "val.txt"), (id_without_image, "{first}.jpg"), (id_without_label, "{first}.png"),
+           (empty_list, "val.txt"), (id_without_image, "'{first}': there is no such image"),
+           (id_without_label, "{first}.png"),
            (truncated_image, "{first}.jpg: the image does not decode"),
            (label_in_colours, "{first}.png: the label is in colours"),
            (label_value_of_no_class, "{first}.png: label value 33"), (labels_all_background, "all background"),

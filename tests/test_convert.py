@@ -238,6 +238,19 @@ def test_files_that_are_no_labels_are_named_and_the_others_are_done(devkit):
     assert lists["trainaug"] == sorted(lists["aug"] + lists["train"])
 
 
+def test_what_stands_where_a_label_goes_is_named_and_the_others_are_done(devkit, capsys):
+    """A folder ended the conversion, and a pipe made it wait for ever."""
+    folder = devkit / "VOC2012/SegmentationClassAug"
+    (folder / "drawn_sbd_0003.png").mkdir(parents=True)
+    os.mkfifo(folder / "drawn_sbd_0004.png")
+    assert convert(devkit) == 1
+    errors = capsys.readouterr().err
+    assert all(f"error: {folder}/drawn_sbd_000{number}.png: is not a file; delete it" in errors for number in (3, 4))
+    assert sorted({mat.stem for mat in mats(devkit) if mat.stem.startswith("drawn_sbd")}
+                  - set(read_lists(devkit)["aug"])) == ["drawn_sbd_0003", "drawn_sbd_0004"]
+    assert len(labels(devkit)) == len(mats(devkit))
+
+
 def test_a_mat_damaged_later_leaves_the_lists_and_comes_back_when_fixed(devkit, capsys):
     convert(devkit)
     mat = devkit / "VOCaug/dataset/cls/drawn_sbd_0003.mat"
@@ -275,6 +288,14 @@ def test_bad_folders_are_named(devkit, tmp_path):
         convert(devkit)
     with pytest.raises(UserError, match="nowhere/VOC2012/ImageSets/Segmentation: .*DEVKIT"):
         convert(tmp_path / "nowhere")
+
+
+def test_an_empty_list_is_an_error(devkit):
+    """With an empty val.txt, the images to evaluate on were in trainaug.txt."""
+    (devkit / "VOC2012/ImageSets/Segmentation/val.txt").write_text("\n")
+    with pytest.raises(UserError, match="val.txt: is empty"):
+        convert(devkit)
+    assert "trainaug" not in read_lists(devkit)
 
 
 # ---- the download, from a server of our own

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from cli import UserError
 from data import split_by_seed, with_every_class
-from voc import CLASSES, VOC, decode_label, palette, read_image, read_label
+from voc import CLASSES, VOC, decode_label, palette, read_image
 from weights import Checkpoint
 
 TRAIN, EVALUATE, PREDICT = (ROOT / f"{name}.py" for name in ("train", "evaluate", "predict"))
@@ -157,7 +157,7 @@ def test_grey_of_few_bits_has_the_values_of_the_file(tmp_path, depth):
     image = Image.fromarray(pixels.astype(bool)) if depth == 1 else Image.fromarray(pixels)
     image.save(tmp_path / "a.png", bits=depth)
     assert (tmp_path / "a.png").read_bytes()[24] == depth  # of IHDR
-    label = read_label(tmp_path / "a.png")
+    label = decode_label(tmp_path / "a.png")[0]
     assert label.dtype == torch.uint8 and np.array_equal(label, pixels)
 
 
@@ -170,9 +170,32 @@ def test_values_that_pillow_changes_are_refused(tmp_path):
     Image.fromarray(pixels.astype(np.uint16)).save(tmp_path / "sixteen.png")
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(UserError, match="8-bit grey PNG whose pixel values are the classes"):
-            read_label(path)
+            decode_label(path)
     (tmp_path / "plain.pgm").write_bytes(b"P5 2 2 255\n" + pixels.tobytes())
-    assert np.array_equal(read_label(tmp_path / "plain.pgm"), pixels)
+    assert np.array_equal(decode_label(tmp_path / "plain.pgm")[0], pixels)
+
+
+def test_labels_of_several_images_and_turned_ones_are_refused(tmp_path):
+    """A page for each class, of which the first alone would be read; a label that EXIF turns, as viewers show it."""
+    pages = [Image.fromarray(np.full((3, 4), page, np.uint8)) for page in (0, 1)]
+    for path in (tmp_path / "pages.tif", tmp_path / "pages.png"):
+        pages[0].save(path, save_all=True, append_images=pages[1:])
+        with pytest.raises(UserError, match=rf"{path.name}: the label holds several images"):
+            decode_label(path)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pages[1].save(tmp_path / "turned.png", exif=exif)
+    with pytest.raises(UserError, match="turned.png: the label is turned or mirrored by EXIF"):
+        decode_label(tmp_path / "turned.png")
+
+
+def test_labels_of_0_and_255_among_others_are_counted_in_a_note(tmp_path):
+    data = write(tmp_path / "data", [(1, 2)] * 4 + [(255,)] * 2)
+    lists(data, train=["p0", "p1", "p4"], val=["p2", "p5"])
+    output = checked(data, tmp_path / "run")
+    for split, count, name in (("train", 3, "p4"), ("val", 2, "p5")):
+        assert (f"note: the list '{split}': 1 of {count} images have labels of 0 and 255 alone, background and "
+                f"'not labelled': {name}\n") in output
 
 
 def test_masks_of_0_and_255_are_told_the_value_of_the_object(tmp_path):

@@ -103,8 +103,9 @@ def test_names_of_classes_keep_the_table_in_columns():
 
 
 @pytest.mark.parametrize("content, words", [
+    (b" \n", "is empty"),
     (b"ground\nowl\nowl\n", "'owl' twice"), (b"ground\n", "names 1 classes"), (b"\xff\xfea\x00", "not UTF-8"),
-    (b"\n".join(b"c%d" % i for i in range(256)), "names 256 classes"), (None, "no such file")])
+    (b"\n".join(b"c%d" % i for i in range(256)), "names 256 classes"), (None, "No such file")])
 def test_a_file_of_class_names_that_is_none(tmp_path, content, words):
     path = tmp_path / "names.txt"
     if content is not None:
@@ -162,7 +163,9 @@ def test_a_split_by_seed_is_said_and_kept_whatever_is_added_later(own_unlisted, 
         shutil.copy(next((own_unlisted / "images").rglob("*.png")), own_unlisted / f"images/{name}.png")
         shutil.copy(next(path for path in (own_unlisted / "masks").rglob("*.PNG")), own_unlisted / f"masks/{name}.png")
     assert split_by_seed(VOC.labelled(own_unlisted)[0], 0.2, 0) != lists
-    whole = train(own_unlisted, tmp_path / "again", "--resume", work_dir / "ckpt/iter_2.pth").stdout
+    flags = ("--resume", work_dir / "ckpt/iter_2.pth", "--val_fraction", 0.5)
+    whole = train(own_unlisted, tmp_path / "again", *flags).stdout
+    assert "note: --val_fraction 0.5 has no effect: the run keeps the lists of its checkpoint\n" in whole
     assert "9 images of 'train', 2 of 'val'" in whole and "holds other images" not in whole
     assert state(tmp_path / "again/ckpt/latest.pth")["meta"]["lists"] == lists
     run(EVALUATE, work_dir / "ckpt/latest.pth", "--data_path", own_unlisted, "--device", "cpu", "--json",
@@ -193,6 +196,9 @@ def test_lists_that_a_folder_gets_later_do_not_leak(own_unlisted, tmp_path):
     output = train(own_unlisted, tmp_path / "run", "--max_iters", 2, "--resume", "auto").stdout
     assert "of 'val'; the checkpoint's lists\n" in output
     assert "note: 1 labelled images are in neither of the checkpoint's lists, and not used\n" in output
+    image.unlink()
+    line = error_line(ROOT / "train.py", *train_flags(own_unlisted, tmp_path / "run"), "--resume", "auto")
+    assert f"{own_unlisted}: '{lists['val'][0]}': there is no such image in {own_unlisted}/images; restore it" in line
     assert "Split = val\nImages = " in (tmp_path / "run/FCN_bs1_1p_val.log").read_text()
 
 
@@ -210,7 +216,7 @@ def test_a_folder_without_lists_is_told_to_make_them_for_a_checkpoint_that_has_n
     del content["meta"]["images"]  # as before they were in it; else the whole folder is scored
     torch.save(content, tmp_path / "old.pth")
     line = error_line(ROOT / "evaluate.py", tmp_path / "old.pth", "--data_path", own_unlisted)
-    assert "has no lists in ImageSets/Segmentation; write val.txt there" in line
+    assert "val.txt: there is no such list; it takes one image id a line; the lists there: none" in line
 
 
 def test_a_split_is_of_the_seed_and_the_fraction(unlisted):
@@ -240,8 +246,14 @@ def test_what_cannot_be_told_apart_or_is_missing_is_said(own_unlisted, tmp_path)
 
     first = next((own_unlisted / "images/day 0").iterdir())
     shutil.copy(first, first.with_suffix(".bmp"))
-    assert "has the same name but for the extension; keep one" in line()
+    assert "has the same name but for the folder or the extension; keep one" in line()
     first.with_suffix(".bmp").unlink()
+    label = next((own_unlisted / "masks/day 0").iterdir())
+    other = own_unlisted / "SegmentationClass/day 0" / label.name
+    other.parent.mkdir(parents=True)
+    shutil.copy(label, other)
+    assert f"{other}: {label} has the same name but for the folder or the extension; keep one" in line()
+    shutil.rmtree(own_unlisted / "SegmentationClass")
     (own_unlisted / "class_names.txt").rename(tmp_path / "names.txt")
     assert "holds images and labels, but neither lists in ImageSets/Segmentation nor class_names.txt" in line()
     (own_unlisted / "masks").rename(tmp_path / "masks")
@@ -256,9 +268,9 @@ def test_what_cannot_be_told_apart_or_is_missing_is_said(own_unlisted, tmp_path)
     for name in ("train", "val"):
         (lists / f"{name}.txt").write_text("absent\n")
     flags = ("--classes", tmp_path / "names.txt")
-    assert f"{own_unlisted}/images/absent.jpg: there is no such image" in line(*flags)
+    assert f"{lists}/train.txt, line 1: 'absent': there is no such image in {own_unlisted}/images" in line(*flags)
     shutil.copy(first, own_unlisted / f"images/absent{first.suffix}")
-    assert f"{own_unlisted}/masks/absent.png: there is no such label; add it" in line(*flags)
+    assert f"{own_unlisted}/masks/absent.png: there is no such label; add or restore it" in line(*flags)
     assert "--val_fraction 0.5 has no effect" in line(*flags, "--val_fraction", 0.5)
     (own_unlisted / "images").rename(own_unlisted / "pictures")
     shutil.rmtree(own_unlisted / "ImageSets")
@@ -279,10 +291,12 @@ def test_class_names_of_any_script_do_not_end_a_training_under_an_ascii_locale(o
 
 
 def test_files_that_begin_with_a_dot_are_no_images(own_unlisted):
-    """As macOS leaves `._a.jpg` next to each file that it copies."""
+    """As macOS leaves `._a.jpg` next to each file that it copies. Nor are those in such a folder, say an editor's."""
     before = VOC.labelled(own_unlisted)
     for path in [*VOC(own_unlisted, "", ids=()).images.iterdir(), *(own_unlisted / "masks").glob("*")]:
         path.with_name(f"._{path.name}").write_bytes(b"resource fork")
+    for kind in ("images", "masks"):
+        shutil.copytree(own_unlisted / kind, own_unlisted / kind / ".checkpoints")
     assert VOC.labelled(own_unlisted) == before
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from cli import UserError, message_of
 from data import train_batches
 from device import Ranks
-from voc import CLASSES, VOC, palette
+from voc import CLASSES, VOC, palette, read_image
 
 SHIFTS = np.array([1 << 16, 1 << 8, 1])  # a colour times these is one number
 
@@ -62,6 +62,13 @@ def test_each_of_a_few_bad_ids_is_named(own_drawn_voc):
     with pytest.raises(UserError) as caught:
         data.check(21)
     assert all(image_id in str(caught.value) for image_id in data.ids[:2]) and "\n" not in str(caught.value)
+
+
+def test_a_link_to_nothing_is_an_image_to_restore(tmp_path):
+    """predict.py finds it in a folder; its message spoke of a list."""
+    (tmp_path / "a.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(UserError, match=r"a\.jpg: there is no such image; add or restore it$"):
+        read_image(tmp_path / "a.jpg")
 
 
 def test_an_error_in_a_worker_is_the_same_line(own_drawn_voc):
