@@ -17,6 +17,15 @@ TEMPORARY = ".{}.tmp"  # name of a file that is being written; short, so that a 
 
 
 @contextlib.contextmanager
+def naming(path, message="{}"):
+    """Makes an OSError of the block name the file `path`. message: takes the error's own text"""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, message.format(error.strerror or error), str(path)) from None
+
+
+@contextlib.contextmanager
 def whole_file(path):
     """Yields a temporary path in the folder of `path`. Renames it to `path` on success, deletes it on an exception.
 
@@ -25,13 +34,11 @@ def whole_file(path):
     path = Path(path)
     temporary = path.with_name(TEMPORARY.format(secrets.token_hex(8)))
     try:
-        with open(temporary, "wb") as holder:
+        with naming(path), open(temporary, "wb") as holder:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(holder, fcntl.LOCK_EX)
             yield temporary
             temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -68,8 +75,9 @@ def link_or_copy(source, target):
 
 
 def remove_leftovers(folders):
-    """Deletes the temporary files in folders whose writers were killed."""
-    for leftover in [path for folder in folders for path in folder.glob(TEMPORARY.format(16 * "[0-9a-f]"))]:
+    """Deletes the temporary files in folders whose writers were killed. A link or a pipe of such a name is left."""
+    names = [path for folder in folders for path in folder.glob(TEMPORARY.format(16 * "[0-9a-f]"))]
+    for leftover in (path for path in names if path.is_file() and not path.is_symlink()):
         with contextlib.suppress(OSError), open(leftover, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the writer lives
             leftover.unlink()
@@ -78,12 +86,8 @@ def remove_leftovers(folders):
 def check_writable(folder):
     """Raises OSError unless files can be written into `folder` or, if it does not exist, its nearest parent."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written to ({error.strerror}); name another folder",
-                      str(folder)) from None
+    with naming(folder, "cannot be written to ({}); name another folder"), tempfile.TemporaryFile(dir=existing):
+        pass
 
 
 def output_file(path):
@@ -112,11 +116,8 @@ def output_file(path):
 
     def write(content):
         sys.stdout.flush()
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(content)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        with naming(path), open(descriptor, "wb") as file:
+            file.write(content)
     return write
 
 
