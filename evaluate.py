@@ -68,7 +68,8 @@ def main(args):
         return device.launch(args, __file__)
     started, ranks = time.perf_counter(), device.join_ranks(args)
     with device.readable_errors("lower --batch_size or --scale, or use windows by --slide"):
-        checkpoint = Checkpoint.read(args.checkpoint, args.backbone, args.at_once)
+        here = ranks.rank == 0 and Checkpoint.read(args.checkpoint, args.backbone, args.at_once)
+        checkpoint = ranks.share(here)  # so that one process downloads
         model = checkpoint.network()
         names = class_names(args, checkpoint)
         protocol = Protocol.of(args).with_scale_of(checkpoint)

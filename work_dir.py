@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cli import UserError
 from device import describe
-from files import as_json, check_writable, link_or_copy, remove_leftovers, write_whole
+from files import as_json, check_writable, link_or_copy, naming, remove_leftovers, write_whole
 from metrics import MEANS, class_table, for_json, format_table, number, summary
 from visualize import missing_font, save
 from voc import IGNORE, digest
@@ -62,7 +62,7 @@ class WorkDir(contextlib.ExitStack):
     # ---- the start of a run
 
     def find_start(self, resume):
-        """(file, Checkpoint) to resume from, or None to start afresh. Takes the lock of an existing folder.
+        """The Checkpoint to resume from, or None to start afresh. Takes the lock of an existing folder.
 
         resume: the --resume flag. Raises UserError rather than overwrite another run.
         """
@@ -70,17 +70,16 @@ class WorkDir(contextlib.ExitStack):
             return None
         if self.path.is_dir():
             self.lock()
-        newest = self.newest()
-        if newest and resume is None:
+        if resume is None and self.found():
             raise UserError(f"{self.path}: holds a run already; resume it by --resume auto, or name another folder "
                             "by --work_dir")
+        newest = self.newest()
         if resume in (None, "auto"):
             return newest
-        given = Path(resume), Checkpoint.read(resume)
-        if newest and not filecmp.cmp(resume, newest[0], False):  # as a copied folder has no hard links
+        if newest and not filecmp.cmp(resume, newest.source, False):  # as a copied folder has no hard links
             raise UserError(f"--resume {resume}: is not the newest checkpoint of {self.path}, which holds a run; name "
                             "another folder by --work_dir")
-        return newest or given
+        return newest or Checkpoint.read(resume)
 
     def lock(self):
         """Takes the folder's lock, which ends with this process. Raises UserError, naming the process that holds it.
@@ -106,16 +105,19 @@ class WorkDir(contextlib.ExitStack):
         own = [path for path in self.checkpoints.glob("iter_*.pth") if OWN_NAME.fullmatch(path.name)]
         return sorted(own, key=lambda path: int(OWN_NAME.fullmatch(path.name)[1]), reverse=True)
 
+    def found(self):
+        """The paths of all our checkpoints, links that dangle among them, the newest first."""
+        return [path for path in (self.latest, *self.saved(), self.best) if os.path.lexists(path)]
+
     def newest(self):
-        """(file, Checkpoint) of latest.pth or, if that is damaged, of the newest readable one before it; None if the
-        folder holds none. Raises UserError if none can be read."""
-        found = [path for path in (self.latest, *self.saved(), self.best) if os.path.lexists(path)]
-        for path in filter(Path.exists, found):  # a link may dangle
+        """The Checkpoint in latest.pth or, if that is damaged, in the newest readable one before it; None if the folder
+        holds none. Raises UserError if none can be read."""
+        for path in filter(Path.exists, self.found()):
             try:
-                return path, Checkpoint.read(path)
+                return Checkpoint.read(path)
             except UserError as error:
                 self.log(f"{error}. It is not used.")
-        if found:
+        if self.found():
             raise UserError(f"{self.checkpoints}: holds no checkpoint that can be read; name one by --resume FILE and "
                             "another folder by --work_dir")
         return None
@@ -123,14 +125,14 @@ class WorkDir(contextlib.ExitStack):
     def open(self, start, progress, last, tensorboard=False):
         """Makes the folders. Starts new files, or truncates metrics.jsonl to the checkpoint the run resumes from.
 
-        start: the file of that checkpoint, or None; progress: the run's; its best score counts while best.pth exists
+        start: that Checkpoint, or None; progress: the run's; its best score counts while best.pth exists
         Raises UserError if the run is at its `last` iteration, evaluated, and the folder lacks its scores.
         """
         if not self.writes:
             return
         if progress.evaluated >= last and not any("mIoU" in line for line in self.metrics()):
-            raise UserError(f"{start}: is of iteration {progress.iteration} of {last}, nothing is left to train; raise "
-                            "--max_iters, or score it with evaluate.py")
+            raise UserError(f"{start.source}: is of iteration {progress.iteration} of {last}, nothing is left to "
+                            "train; raise --max_iters, or score it with evaluate.py")
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         if self.lock_file is None:  # the folder did not exist when the run began
@@ -140,8 +142,8 @@ class WorkDir(contextlib.ExitStack):
             if start is None:
                 for path in (self.record_path, self.metrics_path, self.log_path, self.path / "result.json"):
                     path.unlink(missing_ok=True)
-            elif start != self.latest:
-                link_or_copy(start, self.latest)
+            elif start.source != str(self.latest):
+                link_or_copy(start.source, self.latest)
             kept = [line for line in self.metrics()
                     if line["iter"] <= (progress.evaluated if "mIoU" in line else progress.iteration)]
             write_whole(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -239,12 +241,13 @@ class WorkDir(contextlib.ExitStack):
         names += [] if number is None else [self.checkpoints / f"iter_{number}.pth"]
         buffer = io.BytesIO()  # not straight to the file: torch.save reports a full disk as a wrong offset
         torch.save(on_cpu(content), buffer)
-        with writing(names[-1]):
+        with writing(names[0]):
             write_whole(names[0], buffer.getbuffer())
-            for name in names[1:]:
+        for name in names[1:]:
+            with writing(name):
                 link_or_copy(names[0], name)
-            for old in self.saved()[self.keep:]:
-                old.unlink()
+        for old in self.saved()[self.keep:]:
+            old.unlink()
 
     # ---- what a run was, and its results
 
@@ -409,11 +412,6 @@ def append(path, line):
         file.write(line + "\n")
 
 
-@contextlib.contextmanager
 def writing(path):
-    """Makes an OSError name the file, which that of a full disk does not, and a hint."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written ({error.strerror or error}); make room, or name another folder "
-                                   "by --work_dir", str(error.filename or path)) from None
+    """A context in which an OSError, that of a full disk among them, names the file and a hint."""
+    return naming(path, "cannot be written ({}); make room, or name another folder by --work_dir")
