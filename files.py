@@ -1,10 +1,10 @@
 """Files that are written whole or not at all, and checks that a path can be written to."""
 import contextlib
-import errno
 import fcntl
 import functools
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -64,6 +64,14 @@ def as_json(value):
     return (text + "\n").encode(errors="backslashreplace")
 
 
+def write_summary(folder, backbone, batch_size, cards, kind, values):
+    """FCN_bs<batch>_<cards>p_<kind>.log: `Key = value` lines, as the Ascend port's scripts leave them."""
+    case = f"FCN_bs{batch_size}_{cards}p_{kind}"
+    lines = {"Network": "FCN", "Backbone": backbone, "RankSize": cards, "BatchSize": batch_size,
+             "DeviceType": platform.machine(), "CaseName": case, **values}
+    write_whole(folder / f"{case}.log", "".join(f"{key} = {value}\n" for key, value in lines.items()))
+
+
 def link_or_copy(source, target):
     """Makes `target` a hard link to the file `source`, or a copy if the file system has no hard links."""
     with whole_file(target) as temporary:
@@ -101,11 +109,8 @@ def output_file(path):
     if own:
         descriptor = os.dup(own[0])  # which stands at the end of what was printed
     elif there and not (stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode)):
-        try:
+        with naming(path, "cannot be written to ({}); if it is a pipe, start its reader first"):
             descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError as error:
-            hint = "nobody reads this pipe; start its reader first" if error.errno == errno.ENXIO else error.strerror
-            raise OSError(error.errno, hint, str(path)) from None
         os.set_blocking(descriptor, True)
     else:
         target = Path(os.path.realpath(path))

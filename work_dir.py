@@ -25,10 +25,9 @@ from tqdm import tqdm
 
 from cli import UserError
 from device import describe
-from files import as_json, check_writable, link_or_copy, naming, remove_leftovers, write_whole
+from files import as_json, check_writable, link_or_copy, naming, remove_leftovers, write_summary, write_whole
 from metrics import MEANS, class_table, for_json, format_table, number, summary
 from visualize import missing_font, save
-from voc import IGNORE, digest
 from weights import Checkpoint
 
 OWN_NAME = re.compile(r"iter_(0|[1-9]\d*)\.pth")  # other files in the folder are left alone
@@ -255,7 +254,7 @@ class WorkDir(contextlib.ExitStack):
         """Adds an entry to run.json: flags, data and versions of this start. origin: of the weights, as text"""
         if not self.writes:
             return
-        lists = {name: {"list": part.split, "images": len(part), "sha256": digest(part.ids),
+        lists = {name: {"list": part.split, "images": len(part), "sha256": data.digests()[name],
                         **({"ids": part.ids} if data.lists else {})}
                  for name, part in (("train", data.train), ("val", data.val))}
         entry = {"time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -368,17 +367,9 @@ def data_lines(data):
         sizes = ", ".join(f"{width}x{height} ({count:,})" for (height, width), count in seen["sizes"].most_common(3))
         lines.append(f"{name}: {len(getattr(data, name)):,} images of {len(seen['sizes']):,} sizes, most often {sizes}")
         for what in ("images", "pixels"):
-            values = seen[what][[*range(len(data.classes)), IGNORE]].tolist()
+            values = seen[what][[*range(len(data.classes)), -1]].tolist()  # the last: labelled IGNORE
             columns[f"{name} {what}"] = [f"{value:,}" for value in values]
     return [*lines, class_table((*data.classes, "not labelled"), columns)] if columns else []
-
-
-def write_summary(folder, backbone, batch_size, cards, kind, values):
-    """FCN_bs<batch>_<cards>p_<kind>.log: `Key = value` lines, as the Ascend port's scripts leave them."""
-    case = f"FCN_bs{batch_size}_{cards}p_{kind}"
-    lines = {"Network": "FCN", "Backbone": backbone, "RankSize": cards, "BatchSize": batch_size,
-             "DeviceType": platform.machine(), "CaseName": case, **values}
-    write_whole(folder / f"{case}.log", "".join(f"{key} = {value}\n" for key, value in lines.items()))
 
 
 def versions():

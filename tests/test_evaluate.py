@@ -116,6 +116,18 @@ def test_table_and_json_agree(checkpoint, drawn_voc, tmp_path):
     assert output.stderr == ""  # a progress bar is for terminals
 
 
+def test_a_folder_whose_classes_have_other_names_is_a_note(checkpoint, own_drawn_voc):
+    """One line says what is used. There is none where --classes says it, or the names are the same."""
+    file = own_drawn_voc / "class_names.txt"
+    for names, flags, noted in ((("ground", "cat"), (), True), (CLASSES, (), False),
+                                (CLASSES[::-1], ("--classes", file), False)):
+        file.write_text("\n".join(names) + "\n")
+        output = evaluate(checkpoint, own_drawn_voc, *flags).stdout
+        notes = [line for line in output.splitlines() if "class_names.txt" in line]
+        assert notes == noted * [f"note: {file}: has other names than the checkpoint, whose names are used: "
+                                 "background, aeroplane, bicycle, bird, boat, and 16 more"]
+
+
 @pytest.mark.parametrize("backbone", ("resnet50_d8", "resnet50"))
 def test_padding_is_cropped_from_the_logits_before_they_are_enlarged(backbone):
     """For *_d8 done by hand: the score layer's output on the padded image, cropped at stride 8, resized."""
