@@ -32,7 +32,8 @@ OLDER_FORMAT = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # begins
 # What train.py writes, for `fits`: into each checkpoint (parts may be missing), and into those to resume from.
 COUNT, FLOAT = range(2 ** 63), int | float
 META = {"backbone": str, "num_classes": int, "classes": [str], "palette": [(range(256),) * 3], "scale": (int, int),
-        "form": str, "lists": {"train": [str], "val": [str]}}
+        "form": str, "lists": {"train": [str], "val": [str]}, "images": {"train": [str], "val": [str]},
+        "args": {"pad_to": int | None}}
 RUN = {"meta": {"args": dict, "ranks": int, "digests": {"train": str, "val": str}}, "precision": dict,
        "optimizer": {"state": dict},
        "progress": {"iteration": COUNT, "evaluated": COUNT, "samples": COUNT, "best": FLOAT, "best_iteration": COUNT,
@@ -87,15 +88,15 @@ class Checkpoint:
         state = {WRAPPERS.sub("", str(key)): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
         meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
         our_meta, others_meta = (upgraded(meta), {}) if "backbone" in meta else ({}, meta)
+        training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
+        if our_meta and not is_whole(our_meta, training, state):
+            raise UserError(f"{source}: the file is damaged, it holds what train.py does not write; use another")
         name = theirs or our_meta.get("backbone") or ("vgg16" if TORCHFCNS <= state.keys() else backbone)
         if name is None:
             raise UserError(f"{source}: does not say which backbone it is of; add --backbone")
         check_backbone(source, name, backbone)
         state, form, kind = recognise(source, content, state, our_meta, name, at_once)
-        num_classes = next((len(state[key]) for key in CLASS_LAYERS if key in state and state[key].ndim), None)
-        training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
-        if our_meta and not is_whole(our_meta, training, state, num_classes):
-            raise UserError(f"{source}: the file is damaged, it holds what train.py does not write; use another")
+        num_classes = classes_of(state)
         meta = our_meta or named_classes(others_meta, num_classes)
         return cls(source, state, name, form, kind, num_classes, meta, training)
 
@@ -180,14 +181,21 @@ def check_backbone(source, backbone, wanted):
         raise UserError(f"{source}: is of backbone {backbone}, not {wanted}; use --backbone {backbone}")
 
 
-def is_whole(meta, training, state, num_classes):
-    """False if somebody edited a file of train.py into one that train.py does not write; the fields of Checkpoint."""
-    there = {key: meta[key] for key in META if meta.get(key) is not None}
-    if not all(fits(there[key], META[key]) for key in there):
+def classes_of(state):
+    """The number of classes in a state under FCN8s's names; None if it holds no trained heads."""
+    return next((len(state[key]) for key in CLASS_LAYERS if key in state and state[key].ndim), None)
+
+
+def is_whole(our_meta, training, state):
+    """False if somebody edited a file of train.py into one that train.py does not write."""
+    meta = {key: our_meta[key] for key in META if key in our_meta}
+    if not all(fits(meta[key], META[key]) for key in meta):
         return False
-    if any(num_classes not in (None, len(there[key])) for key in ("classes", "palette") if key in there):
+    counts = {classes_of(state), *(len(meta[key]) for key in ("classes", "palette") if key in meta)} - {None}
+    lists = {tuple(len(meta[key][name]) for name in ("train", "val")) for key in ("lists", "images") if key in meta}
+    if len(counts) > 1 or len(lists) > 1:
         return False
-    if training is None or not fits({**training, "meta": meta}, RUN):
+    if training is None or not fits({**training, "meta": our_meta}, RUN):
         return training is None
     shapes = enumerate(value.shape for key, value in state.items() if not key.endswith(BN_STATISTICS))
     states = training["optimizer"]["state"].items()  # of the parameters, by their numbers
@@ -205,13 +213,14 @@ def named_classes(others_meta, num_classes):
 
 
 def upgraded(our_meta):
-    """The meta of a checkpoint of version 2.0.0 in today's form; to drop in a later version."""
-    if not isinstance(our_meta.get("recipe"), dict):
+    """Our meta without what is None, that of version 2.0.0 in today's form, which a later version may drop."""
+    our_meta = {name: value for name, value in our_meta.items() if value is not None}
+    recipe = our_meta.pop("recipe", None)
+    if not isinstance(recipe, dict):
         return our_meta
-    args = dict(our_meta["recipe"])
-    ranks, precision, *digests = (args.pop(name, None) for name in ("ranks", "precision", "train_list", "val_list"))
-    args["amp"] = not str(precision).startswith("float32")
-    return {**our_meta, "args": args, "ranks": ranks, "digests": dict(zip(("train", "val"), digests, strict=True))}
+    digests = {name: recipe.get(f"{name}_list") for name in ("train", "val")}
+    args = {**recipe, "amp": not str(recipe.get("precision")).startswith("float32")}
+    return {**our_meta, "args": args, "ranks": recipe.get("ranks"), "digests": digests}
 
 
 def recognise(source, content, state, our_meta, backbone, at_once):
@@ -333,9 +342,9 @@ def load_resumed(model, args, data, ranks, start):
         problem = (f"has backbone {start.backbone} and {meta.get('num_classes')} classes, this run "
                    f"{model.backbone_name} and {model.num_classes}; they must be the same to resume")
     elif start.names() != tuple(data.classes):
-        problem = (f"its classes have other names ({', '.join(start.names())}); give them by --classes, or start "
+        problem = (f"its classes have other names ({', '.join(start.names() or ())}); give them by --classes, or start "
                    f"from its weights with --pretrained {source}")
-    elif meta["args"].get("seed") != args.seed:
+    elif str(meta["args"].get("seed")) != str(args.seed):
         problem = f"is of a run with --seed {meta['args'].get('seed')}, not {args.seed}; a run keeps its seed"
     elif iteration > args.max_iters:
         problem = f"is of iteration {iteration}, past --max_iters {args.max_iters}"
@@ -345,9 +354,9 @@ def load_resumed(model, args, data, ranks, start):
     load_exactly(model, start.state, source)
     # What shapes the result and has changed since, each by its flag; older checkpoints have val_scale as scale.
     pairs = [("ranks", meta["ranks"], ranks.count)]
-    pairs += [(f"--{name}", tuple(was) if isinstance(was, list) else was, getattr(args, name, None))
-              for name, was in {"val_scale": meta.get("scale"), **meta["args"]}.items()]
-    changed = [f"{name} {was} -> {now}" for name, was, now in pairs if was != now]
+    pairs += [(f"--{name}", tuple(was) if isinstance(was, list) else was, getattr(args, name))
+              for name, was in {"val_scale": meta.get("scale"), **meta["args"]}.items() if hasattr(args, name)]
+    changed = [f"{name} {was} -> {now}" for name, was, now in pairs if str(was) != str(now)]
     changed += [f"the list '{getattr(data, name).split}' holds other images" for name, now in data.digests().items()
                 if now != meta["digests"][name]]
     return "; ".join([f"{source}, iteration {iteration}", *changed])

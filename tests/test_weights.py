@@ -254,6 +254,8 @@ def test_a_plain_pickle_is_not_said_to_be_made_plain(tmp_path):
 
 
 EDITS = {"lists": ("meta", "lists", 5), "ids": ("meta", "lists", {"train": [1], "val": []}),
+         "images": ("meta", "images", 5), "hashes": ("meta", "images", {"train": ["a"]}), "pad_to": (
+             "meta", "args", {"pad_to": "x"}), "tensor": ("meta", "backbone", torch.ones(3)),
          "names": ("meta", "classes", ["a"]), "colours": ("meta", "palette", [[0, 0, 300]] * 21),
          "backbone": ("meta", "backbone", 7), "scale": ("meta", "scale", "large"), "ranks": ("meta", "ranks", None),
          "digests": ("meta", "digests", {}), "iteration": ("progress", "iteration", "six"),
