@@ -23,11 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import files
 from cli import UserError
 from device import describe
-from files import as_json, check_writable, link_or_copy, naming, remove_leftovers, write_summary, write_whole
 from metrics import MEANS, class_table, for_json, format_table, number, summary
-from visualize import missing_font, save
 from weights import Checkpoint
 
 OWN_NAME = re.compile(r"iter_(0|[1-9]\d*)\.pth")  # other files in the folder are left alone
@@ -56,7 +55,7 @@ class WorkDir(contextlib.ExitStack):
         self.latest, self.best = self.checkpoints / "latest.pth", self.checkpoints / "best.pth"
         self.lock_file = self.board = None  # board: TensorBoard's writer
         if writes:
-            check_writable(self.path)
+            files.check_writable(self.path)
 
     # ---- the start of a run
 
@@ -85,8 +84,9 @@ class WorkDir(contextlib.ExitStack):
 
         A lock of `lockf` belongs to one process; forked workers would keep one of `flock`.
         """
-        with writing(self.path):
-            self.lock_file = self.enter_context(open(self.path / ".lock", "a+"))
+        with writing(self.path / ".lock"):  # which is truncated: no link is followed
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self.lock_file = self.enter_context(open(descriptor, "r+"))
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -137,15 +137,15 @@ class WorkDir(contextlib.ExitStack):
         if self.lock_file is None:  # the folder did not exist when the run began
             self.find_start(None)  # raises if another run began here meanwhile
         with writing(self.path):
-            remove_leftovers((self.path, self.checkpoints))
+            files.remove_leftovers((self.path, self.checkpoints))
             if start is None:
                 for path in (self.record_path, self.metrics_path, self.log_path, self.path / "result.json"):
                     path.unlink(missing_ok=True)
             elif start.source != str(self.latest):
-                link_or_copy(start.source, self.latest)
+                files.link_or_copy(start.source, self.latest)
             kept = [line for line in self.metrics()
                     if line["iter"] <= (progress.evaluated if "mIoU" in line else progress.iteration)]
-            write_whole(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+            files.write_whole(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
         if not self.best.is_file():
             progress.best, progress.best_iteration = -1.0, 0
         if tensorboard:  # what an earlier run wrote there after this iteration is hidden
@@ -187,7 +187,8 @@ class WorkDir(contextlib.ExitStack):
     def add_pictures(self, iteration, pictures):
         """Writes PIL images {name: image} into the folder, and into TensorBoard's file."""
         for name, picture in pictures.items():
-            save(picture, self.path / f"{name}.png")
+            with files.whole_file(self.path / f"{name}.png") as temporary:
+                picture.save(temporary, "PNG")
             if self.board:
                 self.board.add_image(name, np.asarray(picture.convert("RGB")), iteration, dataformats="HWC")
                 self.board.flush()
@@ -241,10 +242,10 @@ class WorkDir(contextlib.ExitStack):
         buffer = io.BytesIO()  # not straight to the file: torch.save reports a full disk as a wrong offset
         torch.save(on_cpu(content), buffer)
         with writing(names[0]):
-            write_whole(names[0], buffer.getbuffer())
+            files.write_whole(names[0], buffer.getbuffer())
         for name in names[1:]:
             with writing(name):
-                link_or_copy(names[0], name)
+                files.link_or_copy(names[0], name)
         for old in self.saved()[self.keep:]:
             old.unlink()
 
@@ -265,11 +266,11 @@ class WorkDir(contextlib.ExitStack):
                  "data": {"classes": list(data.classes), **lists}}
         try:
             entries = json.loads(self.record_path.read_bytes().decode())["starts"] if self.record_path.exists() else []
-            content = as_json({"starts": [*entries, entry]})
+            content = files.as_json({"starts": [*entries, entry]})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.record_path}: damaged ({error}); fix or delete it") from None
         with writing(self.record_path):
-            write_whole(self.record_path, content)
+            files.write_whole(self.record_path, content)
         if self.board:
             from torch.utils.tensorboard.summary import hparams  # here, as the package is optional
 
@@ -289,9 +290,9 @@ class WorkDir(contextlib.ExitStack):
                   "fps": max(fps, default=None), "fps_median": statistics.median(fps) if fps else None,
                   **{name: scored[-1][name] for name in MEANS}, "best_mIoU": best["mIoU"],
                   "best_iteration": best["iter"]}
-        write_whole(self.path / "result.json", as_json({**values, "last": scored[-1], "best": best}))
+        files.write_whole(self.path / "result.json", files.as_json({**values, "last": scored[-1], "best": best}))
         images = args.batch_size * args.accumulate * ranks.count
-        write_summary(self.path, args.backbone, args.batch_size, ranks.count, "acc", {
+        files.write_summary(self.path, args.backbone, args.batch_size, ranks.count, "acc", {
             "ActualFPS": values["fps"],
             "TrainingTime": values["fps"] and 1000 * images / values["fps"],  # ms an iteration
             "mIoU": best["mIoU"] and best["mIoU"] / 100, "ActualLoss": values["loss"],
@@ -338,7 +339,7 @@ def start_lines(args, ranks, data, protocol, model, precision, last, origin, wor
     flags = {"sync_bn": "synchronised BN", "compile": "compiled", "freeze_bn": "frozen BN",
              "class_weights": "weighted classes"}
     more = "".join(f", {text}" for flag, text in flags.items() if getattr(args, flag))
-    notes = [missing_font(data.classes), *data.notes]
+    notes = list(data.notes)
     if args.freeze_bn and origin == "random weights":
         notes.append("--freeze_bn keeps statistics that no training has set")
     if ranks.device.type == "cpu" and (args.backbone.endswith("_d8") or args.crop_size > CPU_CROP):
@@ -405,4 +406,4 @@ def append(path, line):
 
 def writing(path):
     """A context in which an OSError, that of a full disk among them, names the file and a hint."""
-    return naming(path, "cannot be written ({}); make room, or name another folder by --work_dir")
+    return files.naming(path, "cannot be written ({}); make room, or name another folder by --work_dir")
