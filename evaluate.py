@@ -77,8 +77,9 @@ def main(args):
         write = picture_writer(args, data, names, checkpoint.colours()) if args.save_dir else None
         write_json = None
         if args.json:
-            read = [args.checkpoint, args.classes or "", *data.files(), *Path(args.data_path, LISTS).glob("*.txt")]
-            check_no_overlap(filter(None, read), [args.json], f"--json {args.json}")
+            root = Path(args.data_path)
+            read = [args.checkpoint, args.classes or root / CLASS_NAMES, *data.files(), *(root / LISTS).glob("*.txt")]
+            check_no_overlap(read, [args.json], f"--json {args.json}")
             write_json = output_file(args.json)
         sizes, notes = ranks.once_a_machine(
             lambda: check_scored(data, names, args.max_images, (digests or {}).get("train", ())))

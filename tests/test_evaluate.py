@@ -17,7 +17,7 @@ from fcn8s import FCN8s
 from inference import Predictor, Protocol
 from metrics import confusion_matrix, format_table, scores_of
 from transforms import prepare
-from voc import CLASSES, IGNORE, VOC
+from voc import CLASSES, IGNORE, VOC, read_classes
 
 
 def test_metrics_equal_scikit_learns_on_real_labels(real_voc):
@@ -304,3 +304,6 @@ def test_the_json_overwrites_no_list_and_no_class_names(checkpoint, own_drawn_vo
     for path in (tmp_path / "names.txt", own_drawn_voc / "ImageSets/Segmentation/val.txt"):
         before = path.read_bytes()
         assert "would overwrite" in error_line(*command, path) and path.read_bytes() == before
+    names = own_drawn_voc / "class_names.txt"
+    names.write_text("\n".join(CLASSES))
+    assert "would overwrite" in error_line(*command[:6], "--json", names) and read_classes(names) == CLASSES
