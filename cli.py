@@ -140,7 +140,7 @@ def class_weights(text):
     try:
         weights = tuple(map(number(0, math.inf, float), file_path(text).read_text(encoding="utf-8").split()))
     except (OSError, UnicodeDecodeError, argparse.ArgumentTypeError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+        raise argparse.ArgumentTypeError(f"{text}: {getattr(error, 'strerror', error)}") from None
     if not any(weights):
         raise argparse.ArgumentTypeError(f"{text}: holds no number above 0")
     return weights

@@ -13,13 +13,12 @@ from cli import MAX_BATCH, PROG, Parser, UserError, file_path, number, run  # is
 import device
 import visualize
 from amp import place
-from data import check_scored, open_split, val_batches
-from files import as_json, check_no_overlap, check_writable, output_file, remove_leftovers
+from data import CLASS_NAMES, check_scored, open_split, val_batches
+from files import as_json, check_no_overlap, check_writable, output_file, remove_leftovers, write_summary
 from inference import Protocol, add_protocol_flags, check_protocol, evaluate
 from metrics import MEANS, for_json, format_table, scores_of, summary
-from voc import LISTS, read_classes
+from voc import LISTS, first_of, read_classes
 from weights import Checkpoint, add_network_flags
-from work_dir import write_summary
 
 CONFUSION = "confusion.png"  # in --save_dir
 
@@ -68,17 +67,19 @@ def main(args):
         return device.launch(args, __file__)
     started, ranks = time.perf_counter(), device.join_ranks(args)
     with device.readable_errors("lower --batch_size or --scale, or use windows by --slide"):
-        checkpoint = Checkpoint.read(args.checkpoint, args.backbone, args.at_once)
+        here = ranks.rank == 0 and Checkpoint.read(args.checkpoint, args.backbone, args.at_once)
+        checkpoint = ranks.share(here)  # so that one process downloads
         model = checkpoint.network()
-        names = class_names(args, checkpoint)
+        names, named = class_names(args, checkpoint)
         protocol = Protocol.of(args).with_scale_of(checkpoint)
         lists, digests = (checkpoint.meta.get(key) for key in ("lists", "images"))
         data, what = ranks.once_a_machine(lambda: open_split(args.data_path, args.split, lists, digests))
         write = picture_writer(args, data, names, checkpoint.colours()) if args.save_dir else None
         write_json = None
         if args.json:
-            read = [args.checkpoint, *data.files(), *Path(args.data_path, LISTS).glob("*.txt")]
-            check_no_overlap([*read, args.classes] if args.classes else read, [args.json], f"--json {args.json}")
+            root = Path(args.data_path)
+            read = [args.checkpoint, args.classes or root / CLASS_NAMES, *data.files(), *(root / LISTS).glob("*.txt")]
+            check_no_overlap(read, [args.json], f"--json {args.json}")
             write_json = output_file(args.json)
         sizes, notes = ranks.once_a_machine(
             lambda: check_scored(data, names, args.max_images, (digests or {}).get("train", ())))
@@ -88,7 +89,7 @@ def main(args):
             where = f"{ranks.count} x {device.describe(ranks.device, args.device)}"
             print(f"{checkpoint.backbone} from {checkpoint.source}: {checkpoint.kind}\n{len(sizes)} {what}, "
                   f"{protocol}, on {where}, {protocol.precision(ranks.device)}", flush=True)
-            for note in filter(None, (*notes, visualize.missing_font(names) if args.save_dir else None)):
+            for note in filter(None, (named, *notes, visualize.missing_font(names) if args.save_dir else None)):
                 print(f"note: {note}", flush=True)
         since = time.perf_counter()
         batches = val_batches(data, sizes, protocol, args.workers, ranks)
@@ -107,13 +108,19 @@ def main(args):
 
 
 def class_names(args, checkpoint):
-    """The names of the classes: of --classes, else the checkpoint's. Raises UserError unless there is one each."""
+    """The names of the classes: of --classes, else the checkpoint's; and a note if those of the data folder are others.
+
+    Raises UserError unless each class has a name.
+    """
     names = read_classes(args.classes) if args.classes else checkpoint.names()
     count = checkpoint.num_classes
     if names is None or len(names) != count:
         whose = f"{args.classes} has {len(names)}" if names else "but no names of them"
         raise UserError(f"{args.checkpoint}: has {count} classes, {whose}; pass its own by --classes FILE")
-    return names
+    file = Path(args.data_path, CLASS_NAMES)
+    if args.classes or not file.is_file() or read_classes(file) == names:
+        return names, None
+    return names, f"{file}: has other names than the checkpoint, whose names are used: {first_of(names, ', ')}"
 
 
 def report(args, scores, names, images, seconds, checkpoint, write_json):

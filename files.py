@@ -1,10 +1,10 @@
 """Files that are written whole or not at all, and checks that a path can be written to."""
 import contextlib
-import errno
 import fcntl
 import functools
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -17,6 +17,15 @@ TEMPORARY = ".{}.tmp"  # name of a file that is being written; short, so that a 
 
 
 @contextlib.contextmanager
+def naming(path, message="{}"):
+    """Makes an OSError of the block name the file `path`. message: takes the error's own text"""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, message.format(error.strerror or error), str(path)) from None
+
+
+@contextlib.contextmanager
 def whole_file(path):
     """Yields a temporary path in the folder of `path`. Renames it to `path` on success, deletes it on an exception.
 
@@ -25,13 +34,11 @@ def whole_file(path):
     path = Path(path)
     temporary = path.with_name(TEMPORARY.format(secrets.token_hex(8)))
     try:
-        with open(temporary, "wb") as holder:
+        with naming(path), open(temporary, "wb") as holder:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(holder, fcntl.LOCK_EX)
             yield temporary
             temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -57,6 +64,14 @@ def as_json(value):
     return (text + "\n").encode(errors="backslashreplace")
 
 
+def write_summary(folder, backbone, batch_size, cards, kind, values):
+    """FCN_bs<batch>_<cards>p_<kind>.log: `Key = value` lines, as the Ascend port's scripts leave them."""
+    case = f"FCN_bs{batch_size}_{cards}p_{kind}"
+    lines = {"Network": "FCN", "Backbone": backbone, "RankSize": cards, "BatchSize": batch_size,
+             "DeviceType": platform.machine(), "CaseName": case, **values}
+    write_whole(folder / f"{case}.log", "".join(f"{key} = {value}\n" for key, value in lines.items()))
+
+
 def link_or_copy(source, target):
     """Makes `target` a hard link to the file `source`, or a copy if the file system has no hard links."""
     with whole_file(target) as temporary:
@@ -68,8 +83,9 @@ def link_or_copy(source, target):
 
 
 def remove_leftovers(folders):
-    """Deletes the temporary files in folders whose writers were killed."""
-    for leftover in [path for folder in folders for path in folder.glob(TEMPORARY.format(16 * "[0-9a-f]"))]:
+    """Deletes the temporary files in folders whose writers were killed. A link or a pipe of such a name is left."""
+    names = [path for folder in folders for path in folder.glob(TEMPORARY.format(16 * "[0-9a-f]"))]
+    for leftover in (path for path in names if path.is_file() and not path.is_symlink()):
         with contextlib.suppress(OSError), open(leftover, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the writer lives
             leftover.unlink()
@@ -78,12 +94,8 @@ def remove_leftovers(folders):
 def check_writable(folder):
     """Raises OSError unless files can be written into `folder` or, if it does not exist, its nearest parent."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written to ({error.strerror}); name another folder",
-                      str(folder)) from None
+    with naming(folder, "cannot be written to ({}); name another folder"), tempfile.TemporaryFile(dir=existing):
+        pass
 
 
 def output_file(path):
@@ -97,11 +109,8 @@ def output_file(path):
     if own:
         descriptor = os.dup(own[0])  # which stands at the end of what was printed
     elif there and not (stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode)):
-        try:
+        with naming(path, "cannot be written to ({}); if it is a pipe, start its reader first"):
             descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError as error:
-            hint = "nobody reads this pipe; start its reader first" if error.errno == errno.ENXIO else error.strerror
-            raise OSError(error.errno, hint, str(path)) from None
         os.set_blocking(descriptor, True)
     else:
         target = Path(os.path.realpath(path))
@@ -112,11 +121,8 @@ def output_file(path):
 
     def write(content):
         sys.stdout.flush()
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(content)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        with naming(path), open(descriptor, "wb") as file:
+            file.write(content)
     return write
 
 

@@ -324,6 +324,9 @@ def draw_data(work_dir, data, batch, form, device):
 
     A drawing that fails is a log line, here and below: it does not end a training of hours.
     """
+    font = visualize.missing_font(data.classes)
+    if font:
+        work_dir.log(f"note: {font}")
     try:
         images, labels = prepare_batch(batch, form, device)
         samples = [("", *sample) for sample in zip(visible(images, form), labels.cpu().numpy(), strict=True)]

@@ -7,15 +7,14 @@ import unicodedata
 import numpy as np
 import torch
 
-from voc import IGNORE
-
 WARM_UP_ITERS = 5  # that a measurement of speed leaves out: they choose kernels and fill caches
 MEANS = ("aAcc", "mIoU", "mAcc")
 
 
 def confusion_matrix(label, prediction, num_classes):
-    """uint8 [H, W] each -> int64 [C, C], row: the label's class, column: the predicted one; IGNORE is left out."""
-    pairs, length = label.int().mul_(num_classes).add_(prediction).ravel(), (IGNORE + 1) * num_classes
+    """uint8 [H, W] each -> int64 [C, C], row: the label's class, column: the predicted one. What is labelled with no
+    class, say IGNORE, is left out."""
+    pairs, length = label.int().mul_(num_classes).add_(prediction).ravel(), 256 * num_classes
     if label.device.type == "cpu":  # torch.bincount takes int32 on a CPU, twice as fast as NumPy's int64
         counts = torch.bincount(pairs, minlength=length)
     else:  # bincount synchronises with the device, to learn the largest number

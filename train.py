@@ -286,7 +286,7 @@ def main(args):
         start = ranks.share(work_dir.find_start(args.resume))  # other machines need not see the folder; None: afresh
 
         # data
-        data, val_sizes = open_checked(args, start and start[1].meta.get("lists"), ranks)
+        data, val_sizes = open_checked(args, start and start.meta.get("lists"), ranks)
         args.train_split, args.val_split = data.train.split, data.val.split
         protocol = Protocol(args.val_scale, pad_to=args.pad_to)
         protocol.check(val_sizes)
@@ -296,7 +296,7 @@ def main(args):
         model = FCN8s(len(data.classes), args.backbone)
         check_run(args, ranks, precision, model, data.classes)
         origin = (load_resumed(model, args, data, ranks, start) if start else
-                  load_start(model, args.pretrained, args.at_once, data.classes))
+                  load_start(model, args, data.classes, ranks))
         if args.sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # the keys of the state dict stay the same
         model = place(model, device)
@@ -314,7 +314,7 @@ def main(args):
         progress = Progress()
         saved = start and resume(args, optimizer, precision, data, start, progress)  # the last checkpoint's iteration
         if not args.check:
-            work_dir.open(start and start[0], progress, last, args.tensorboard)
+            work_dir.open(start, progress, last, args.tensorboard)
             work_dir.add_record(args, data, device, origin)
         del start  # it holds the weights and the momentum once more
         work_dir.log(start_lines(args, ranks, data, protocol, model, precision, last, origin, work_dir, AUX_WEIGHT))

@@ -20,7 +20,6 @@ from fcn8s import BACKBONES, FCN8s, published
 from voc import CLASSES, palette
 
 CLASS_LAYERS = ("decode_head.conv_seg.weight", "decode_head.score_fr.weight")  # [C, channels, 1, 1]
-HEADS = ("decode_head.", "auxiliary_head.")
 TORCHFCNS = {"conv1_1.weight", "fc7.weight"}  # keys that tell torchfcn's files
 TRAINING_STATE = {"optimizer", "precision", "progress"}  # what train.py saves with the weights, to resume
 REFERENCE_SCALE = (2048, 512)  # mmsegmentation's evaluation: (long, short) side, in pixels
@@ -33,7 +32,8 @@ OLDER_FORMAT = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # begins
 # What train.py writes, for `fits`: into each checkpoint (parts may be missing), and into those to resume from.
 COUNT, FLOAT = range(2 ** 63), int | float
 META = {"backbone": str, "num_classes": int, "classes": [str], "palette": [(range(256),) * 3], "scale": (int, int),
-        "form": str, "lists": {"train": [str], "val": [str]}}
+        "form": str, "lists": {"train": [str], "val": [str]}, "images": {"train": [str], "val": [str]},
+        "args": {"pad_to": int | None}}
 RUN = {"meta": {"args": dict, "ranks": int, "digests": {"train": str, "val": str}}, "precision": dict,
        "optimizer": {"state": dict},
        "progress": {"iteration": COUNT, "evaluated": COUNT, "samples": COUNT, "best": FLOAT, "best_iteration": COUNT,
@@ -58,60 +58,47 @@ def add_network_flags(parser):
 @dataclasses.dataclass
 class Checkpoint:
     """What a checkpoint file holds."""
-    source: str  # the file, or the name of a published network
+    source: str  # the file, or the name of published weights
     state: dict  # the weights under FCN8s's names, or those of an ImageNet classifier under its own
     backbone: str
     form: str  # see FCN8s.use_form
     kind: str  # a description of the file
     num_classes: int | None  # None if it holds no trained heads
-    meta: dict  # what train.py wrote about the run; {} for other files
+    meta: dict  # what train.py wrote about the run; of other files the names and colours of the classes alone
     training: dict | None  # TRAINING_STATE, if it holds all of that
 
     @classmethod
     def read(cls, source, backbone=None, at_once=False, instead="give the file with --backbone {}"):
-        """Reads a file, or downloads the published network of that name.
+        """Reads a file, or downloads the published weights of that name.
 
-        backbone: which one it is of, where the file does not say
+        backbone: which one it is of, where the file does not say; "imagenet" names the ImageNet weights of it
         at_once: they are torchfcn's FCN8sAtOnce, whose keys are FCN8s's; `arch` or the file's name tell it, too
         instead: what to do with a file that could not be downloaded; {} is its backbone
         Raises UserError for what is not there, damaged, unsafe, or of another backbone.
         """
         source = str(source)
         theirs, url = published().get(source, (None, None))
+        if source == "imagenet" and backbone:
+            theirs, url = backbone, BACKBONES[backbone].imagenet
+            if url is None:
+                raise UserError(f"there are no ImageNet weights of {backbone}; add --pretrained none, or a FILE")
         check_backbone(source, theirs, backbone)
-        content = read_file(source) if url is None else download(
-            url, f"the weights {source}", instead.format(theirs))
+        content = download(url, source, instead.format(theirs)) if url else read_file(source)
         weights = next((content[key] for key in STATES if isinstance(content.get(key), dict)), content)
         state = {WRAPPERS.sub("", str(key)): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
-        meta = content.get("meta")
-        meta = upgraded(meta) if isinstance(meta, dict) else {}
-        name = theirs or meta.get("backbone") or ("vgg16" if TORCHFCNS <= state.keys() else backbone)
+        meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
+        our_meta, others_meta = (upgraded(meta), {}) if "backbone" in meta else ({}, meta)
+        training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
+        if our_meta and not is_whole(our_meta, training, state):
+            raise UserError(f"{source}: the file is damaged, it holds what train.py does not write; use another")
+        name = theirs or our_meta.get("backbone") or ("vgg16" if TORCHFCNS <= state.keys() else backbone)
         if name is None:
             raise UserError(f"{source}: does not say which backbone it is of; add --backbone")
         check_backbone(source, name, backbone)
-        state, form, kind = recognise(source, content, state, meta, name, at_once)
-        num_classes = next((state[key].shape[0] for key in CLASS_LAYERS if key in state), None)
-        meta = {**named_classes(meta, num_classes), **meta}
-        training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
-        checkpoint = cls(source, state, name, form, kind, num_classes, meta, training)
-        if "backbone" in meta and not checkpoint.is_whole():
-            raise UserError(f"{source}: the file is damaged, it holds what train.py does not write; use another")
-        return checkpoint
-
-    def is_whole(self):
-        """False if somebody edited a file of train.py into one that train.py does not write."""
-        meta, training = self.meta, self.training
-        there = {key: form for key, form in META.items() if meta.get(key) is not None}
-        if not fits(meta, there) or any(
-                self.num_classes not in (None, len(meta[key])) for key in ("classes", "palette") if key in there):
-            return False
-        if training is None:
-            return True
-        shapes = dict(enumerate(value.shape for key, value in self.state.items() if not key.endswith(BN_STATISTICS)))
-        return fits({**training, "meta": meta}, RUN) and all(
-            fits(momentum, {"momentum_buffer": torch.Tensor | None})
-            and getattr(momentum["momentum_buffer"], "shape", shapes.get(number)) == shapes.get(number)
-            for number, momentum in training["optimizer"]["state"].items())
+        state, form, kind = recognise(source, content, state, our_meta, name, at_once)
+        num_classes = classes_of(state)
+        meta = our_meta or named_classes(others_meta, num_classes)
+        return cls(source, state, name, form, kind, num_classes, meta, training)
 
     def network(self):
         """The trained FCN8s. Raises UserError, naming the keys, if the weights are not all there."""
@@ -133,26 +120,24 @@ class Checkpoint:
         classes: the names of the model's classes
         -> a description of what was loaded. Raises UserError if the weights do not fit.
         """
-        origin = f"{self.source}: {self.kind}"
-        if not self.holds("backbone."):
-            load_exactly(model.backbone, model.backbone.from_imagenet(self.state), self.source)
-            return origin
         model.use_form(self.form)
-        if not self.holds(*HEADS):
-            load_exactly(model.backbone, {key.removeprefix("backbone."): value for key, value in self.state.items()},
-                         self.source)
-            return f"{origin} without heads; the heads start afresh"
-        same = self.num_classes == model.num_classes
-        if self.num_classes is None or (same and self.names() in (None, tuple(classes))):
+        origin, heads = f"{self.source}: {self.kind}", self.holds("decode_head.", "auxiliary_head.")
+        same = self.num_classes in (None, model.num_classes)  # None: the error says which class layer is missing
+        if heads and same and self.names() in (None, tuple(classes)):
             state = self.state
             if model.auxiliary_head is not None and not self.holds("auxiliary_head."):
                 fresh = {key: value for key, value in model.state_dict().items() if key.startswith("auxiliary_head.")}
                 state, origin = {**state, **fresh}, f"{origin}, its auxiliary head starts afresh"
-            load_exactly(model, state, self.source)  # without a class layer, this says what is missing
+            load_exactly(model, state, self.source)
             return origin
-        model.backbone.load_state_dict(self.network().backbone.state_dict())
+        state = {key.removeprefix("backbone."): value for key, value in self.state.items()
+                 if key.startswith("backbone.")}
+        load_exactly(model.backbone, state or model.backbone.from_imagenet(self.state), self.source)
+        if not state:
+            return origin
         what = "other classes" if same else f"{self.num_classes} classes"
-        return f"{origin} for {what}, of which the backbone is taken; the heads start afresh"
+        return origin + (f" for {what}, of which the backbone is taken" if heads else " without heads") + (
+            "; the heads start afresh")
 
     def holds(self, *prefixes):
         """True if a key of the weights starts with one of these."""
@@ -196,24 +181,49 @@ def check_backbone(source, backbone, wanted):
         raise UserError(f"{source}: is of backbone {backbone}, not {wanted}; use --backbone {backbone}")
 
 
-def named_classes(meta, num_classes):
+def classes_of(state):
+    """The number of classes in a state under FCN8s's names; None if it holds no trained heads."""
+    return next((len(state[key]) for key in CLASS_LAYERS if key in state and state[key].ndim), None)
+
+
+def is_whole(our_meta, training, state):
+    """False if somebody edited a file of train.py into one that train.py does not write."""
+    meta = {key: our_meta[key] for key in META if key in our_meta}
+    if not all(fits(meta[key], META[key]) for key in meta):
+        return False
+    counts = {classes_of(state), *(len(meta[key]) for key in ("classes", "palette") if key in meta)} - {None}
+    lists = {tuple(len(meta[key][name]) for name in ("train", "val")) for key in ("lists", "images") if key in meta}
+    if len(counts) > 1 or len(lists) > 1:
+        return False
+    if training is None or not fits({**training, "meta": our_meta}, RUN):
+        return training is None
+    shapes = enumerate(value.shape for key, value in state.items() if not key.endswith(BN_STATISTICS))
+    states = training["optimizer"]["state"].items()  # of the parameters, by their numbers
+    return all(fits(state, {"momentum_buffer": torch.Tensor | None}) for _, state in states) and {
+        (number, state["momentum_buffer"].shape) for number, state in states if state["momentum_buffer"] is not None
+    } <= set(shapes)
+
+
+def named_classes(others_meta, num_classes):
     """mmsegmentation's names and colours of the classes, in the old form or the new one, under our keys."""
-    theirs = {**meta, **(meta.get("dataset_meta") or {})}
+    newer = others_meta.get("dataset_meta")
+    theirs = {**others_meta, **(newer if isinstance(newer, dict) else {})}
     found = {name: theirs.get(name.upper()) or theirs.get(name) for name in ("classes", "palette")}
-    return {name: values for name, values in found.items() if values is not None and len(values) == num_classes}
+    return {name: values for name, values in found.items() if fits(values, META[name]) and len(values) == num_classes}
 
 
-def upgraded(meta):
-    """The meta of a checkpoint of version 2.0.0 in today's form; to drop in a later version."""
-    if "recipe" not in meta:
-        return meta
-    args = dict(meta["recipe"])
-    ranks, precision, *digests = (args.pop(name, None) for name in ("ranks", "precision", "train_list", "val_list"))
-    args["amp"] = not str(precision).startswith("float32")
-    return {**meta, "args": args, "ranks": ranks, "digests": dict(zip(("train", "val"), digests, strict=True))}
+def upgraded(our_meta):
+    """Our meta without what is None, that of version 2.0.0 in today's form, which a later version may drop."""
+    our_meta = {name: value for name, value in our_meta.items() if value is not None}
+    recipe = our_meta.pop("recipe", None)
+    if not isinstance(recipe, dict):
+        return our_meta
+    digests = {name: recipe.get(f"{name}_list") for name in ("train", "val")}
+    args = {**recipe, "amp": not str(recipe.get("precision")).startswith("float32")}
+    return {**our_meta, "args": args, "ranks": recipe.get("ranks"), "digests": digests}
 
 
-def recognise(source, content, state, meta, backbone, at_once):
+def recognise(source, content, state, our_meta, backbone, at_once):
     """-> (the state under FCN8s's names or a classifier's, its form, its description)"""
     if TORCHFCNS <= state.keys():
         named = f"{content.get('arch')} {Path(source).name}".lower().replace("-", "").replace("_", "")
@@ -221,14 +231,14 @@ def recognise(source, content, state, meta, backbone, at_once):
         state = {("backbone." if key.startswith(("conv", "fc")) else "decode_head.") + key: value
                  for key, value in state.items()}
         return state, form, f"torchfcn's FCN-8s, {form} form"
-    form = meta.get("form", "unpadded")
+    form = our_meta.get("form", "unpadded")
     if not any(key.startswith("backbone.") for key in state):
         kind = "ImageNet weights of the backbone"
-    elif backbone == "vgg16" and "form" not in meta:
+    elif backbone == "vgg16" and "form" not in our_meta:
         raise UserError(f"{source}: does not say which form of vgg16 it is for; take the whole checkpoint, as train.py "
                         "wrote it")
     else:
-        ours = "backbone" in meta or not backbone.endswith("_d8")
+        ours = our_meta or not backbone.endswith("_d8")
         kind = f"a checkpoint of {'train.py' if ours else 'mmsegmentation'}"
         kind += "" if form == "unpadded" else f", {form} form"
     if at_once and form != "at_once":
@@ -236,23 +246,21 @@ def recognise(source, content, state, meta, backbone, at_once):
     return state, form, kind
 
 
-def load_start(model, pretrained, at_once, classes):
-    """Loads the weights that --pretrained names into a new model. -> a description of their origin"""
-    name = model.backbone_name
-    if pretrained == "none":
+def load_start(model, args, classes, ranks):
+    """Loads the weights that --pretrained names into a new model. Rank 0 reads or downloads them for all ranks.
+
+    classes: the names of the model's classes
+    -> a description of their origin
+    """
+    if args.pretrained == "none":
         return "random weights"
-    if pretrained != "imagenet":
-        return Checkpoint.read(pretrained, name, at_once, INSTEAD).start(model, classes)
-    if BACKBONES[name].imagenet is None:
-        raise UserError(f"there are no ImageNet weights of {name}; add --pretrained none, or a FILE")
-    content = download(BACKBONES[name].imagenet, f"the ImageNet weights of {name}", INSTEAD)
-    state = model.backbone.from_imagenet(content.get("state_dict", content))
-    load_exactly(model.backbone, state, f"ImageNet weights of {name}")
-    return "ImageNet weights"
+    here = ranks.rank == 0 and Checkpoint.read(args.pretrained, args.backbone, args.at_once, INSTEAD)
+    return ranks.share(here).start(model, classes)
 
 
-def download(url, what, instead):
-    """The content of a URL, its hash checked, by way of torch.hub's folder. An error says what to do instead."""
+def download(url, name, instead):
+    """The content of a URL, its hash checked, by way of torch.hub's folder. name: of the weights, for errors, which say
+    what to do instead."""
     try:
         if torch.hub.get_dir().startswith("~"):
             raise OSError("the home folder is not known")
@@ -260,9 +268,10 @@ def download(url, what, instead):
     except OSError as error:
         network = isinstance(error, URLError | ConnectionError | TimeoutError)
         folder = "" if network else "set TORCH_HOME to a folder that can be written to, or "
-        raise UserError(f"{what} cannot be downloaded ({error}); {folder}fetch {url} elsewhere and {instead}") from None
+        raise UserError(f"the weights {name} cannot be downloaded ({error}); {folder}fetch {url} elsewhere and "
+                        f"{instead}") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"the download of {what} is damaged ({first_line(error)}); delete it in "
+        raise UserError(f"the download of the weights {name} is damaged ({first_line(error)}); delete it in "
                         f"{torch.hub.get_dir()}/checkpoints and try again") from None
 
 
@@ -297,7 +306,9 @@ def read_file(path):
 def why_refused(path, error):
     """Why torch.load read no plain tensors from a file, as text. error: its message"""
     unsafe = re.search(r"GLOBAL (\S+)", error)
-    if unsafe and (zipfile.is_zipfile(path) or OLDER_FORMAT in path.read_bytes()[:16]):
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if unsafe and (start.startswith(b"PK") or OLDER_FORMAT in start):
         return (f"refused, it holds objects other than tensors and plain values ({unsafe[1]}), which could run code; "
                 f"if you trust it, make a plain one: {PLAIN_COMMAND}{shlex.quote(str(path))}")
     return "the file is damaged, or a plain pickle, which could run code and is not read; take another one"
@@ -320,62 +331,53 @@ def load_exactly(module, state, source):
 # ---- resuming
 
 def load_resumed(model, args, data, ranks, start):
-    """Loads the weights of the checkpoint to resume from. -> its origin and what has changed since, as text
+    """Loads the weights of `start`, the Checkpoint to resume from. -> its origin and what has changed since, as text
 
-    start: (file, Checkpoint). Raises UserError if it cannot be the same run.
+    Raises UserError if it cannot be the same run.
     """
-    path, checkpoint = start
-    was, iteration = checkpoint.meta.get("args", {}), checkpoint.iteration()
-    problem = None
-    if checkpoint.training is None:
-        problem = f"holds no training state; start from its weights with --pretrained {path}"
-    elif (checkpoint.backbone, checkpoint.meta.get("num_classes")) != (model.backbone_name, model.num_classes):
-        problem = (f"has backbone {checkpoint.backbone} and {checkpoint.meta.get('num_classes')} classes, this run "
+    meta, source, iteration, problem = start.meta, start.source, start.iteration(), None
+    if start.training is None:
+        problem = f"holds no training state; start from its weights with --pretrained {source}"
+    elif (start.backbone, meta.get("num_classes")) != (model.backbone_name, model.num_classes):
+        problem = (f"has backbone {start.backbone} and {meta.get('num_classes')} classes, this run "
                    f"{model.backbone_name} and {model.num_classes}; they must be the same to resume")
-    elif checkpoint.names() != tuple(data.classes):
-        problem = (f"its classes have other names ({', '.join(checkpoint.names())}); give them by --classes, or start "
-                   f"from its weights with --pretrained {path}")
-    elif was.get("seed") != args.seed:
-        problem = f"is of a run with --seed {was.get('seed')}, not {args.seed}; a run keeps its seed"
+    elif start.names() != tuple(data.classes):
+        problem = (f"its classes have other names ({', '.join(start.names() or ())}); give them by --classes, or start "
+                   f"from its weights with --pretrained {source}")
+    elif str(meta["args"].get("seed")) != str(args.seed):
+        problem = f"is of a run with --seed {meta['args'].get('seed')}, not {args.seed}; a run keeps its seed"
     elif iteration > args.max_iters:
         problem = f"is of iteration {iteration}, past --max_iters {args.max_iters}"
     if problem:
-        raise UserError(f"{path}: {problem}")
-    model.use_form(checkpoint.form)
-    load_exactly(model, checkpoint.state, path)
-    return "; ".join([f"{path}, iteration {iteration}", *changes(args, data, ranks, checkpoint)])
-
-
-def changes(args, data, ranks, checkpoint):
-    """What shapes the result and has changed since the checkpoint was saved, each by its flag: a list of texts."""
-    meta = checkpoint.meta
+        raise UserError(f"{source}: {problem}")
+    model.use_form(start.form)
+    load_exactly(model, start.state, source)
+    # What shapes the result and has changed since, each by its flag; older checkpoints have val_scale as scale.
     pairs = [("ranks", meta["ranks"], ranks.count)]
     pairs += [(f"--{name}", tuple(was) if isinstance(was, list) else was, getattr(args, name))
-              for name, was in {"val_scale": meta["scale"], **meta["args"]}.items()]  # which older ones have as scale
-    return [f"{name} {was} -> {now}" for name, was, now in pairs if was != now] + [
-        f"the list '{getattr(data, name).split}' holds other images" for name, digest in data.digests().items()
-        if digest != meta["digests"][name]]
+              for name, was in {"val_scale": meta.get("scale"), **meta["args"]}.items() if hasattr(args, name)]
+    changed = [f"{name} {was} -> {now}" for name, was, now in pairs if str(was) != str(now)]
+    changed += [f"the list '{getattr(data, name).split}' holds other images" for name, now in data.digests().items()
+                if now != meta["digests"][name]]
+    return "; ".join([f"{source}, iteration {iteration}", *changed])
 
 
 def resume(args, optimizer, precision, data, start, progress):
-    """Loads the training state of a checkpoint. `progress` becomes the checkpoint's. -> its iteration"""
-    path, checkpoint = start
-    training = checkpoint.training
+    """Loads the training state of a Checkpoint. `progress` becomes the checkpoint's. -> its iteration"""
     try:
-        precision.load_state_dict(training["precision"])
+        precision.load_state_dict(start.training["precision"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:  # a state of another kind
-        raise UserError(f"{path}: its training state does not fit ({first_line(error)}); start from its weights with "
-                        f"--pretrained {path}") from None
-    # The momentum is the checkpoint's, param_groups are this run's: another device takes another form of SGD.
-    own = optimizer.state_dict()
-    optimizer.load_state_dict({**training["optimizer"], "param_groups": own["param_groups"]})
-    for parameter, state in optimizer.state.items():
-        if state.get("momentum_buffer") is not None:
+        raise UserError(f"{start.source}: its training state does not fit ({first_line(error)}); start from its "
+                        f"weights with --pretrained {start.source}") from None
+    # Momentum alone: the groups' settings are this run's. What the checkpoint lacks stays zero.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, state in start.training["optimizer"]["state"].items():
+        if state["momentum_buffer"] is not None:
             # Fused SGD reads parameter and momentum in storage order, which differs between devices.
-            state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
-    for name, value in training["progress"].items():
-        setattr(progress, name, value)
-    was = checkpoint.meta["digests"]["val"], checkpoint.scale(), checkpoint.meta["args"].get("pad_to")
+            momentum = torch.empty_like(parameters[number]).copy_(state["momentum_buffer"])
+            optimizer.state[parameters[number]]["momentum_buffer"] = momentum
+    vars(progress).update(start.training["progress"])
+    was = start.meta["digests"]["val"], start.scale(), start.meta["args"].get("pad_to")
     if was != (data.digests()["val"], args.val_scale, args.pad_to):  # scores of another evaluation are not comparable
         progress.best, progress.best_iteration = -1.0, 0
     return progress.iteration

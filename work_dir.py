@@ -23,12 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import files
 from cli import UserError
 from device import describe
-from files import as_json, check_writable, link_or_copy, remove_leftovers, write_whole
 from metrics import MEANS, class_table, for_json, format_table, number, summary
-from visualize import missing_font, save
-from voc import IGNORE, digest
 from weights import Checkpoint
 
 OWN_NAME = re.compile(r"iter_(0|[1-9]\d*)\.pth")  # other files in the folder are left alone
@@ -57,12 +55,12 @@ class WorkDir(contextlib.ExitStack):
         self.latest, self.best = self.checkpoints / "latest.pth", self.checkpoints / "best.pth"
         self.lock_file = self.board = None  # board: TensorBoard's writer
         if writes:
-            check_writable(self.path)
+            files.check_writable(self.path)
 
     # ---- the start of a run
 
     def find_start(self, resume):
-        """(file, Checkpoint) to resume from, or None to start afresh. Takes the lock of an existing folder.
+        """The Checkpoint to resume from, or None to start afresh. Takes the lock of an existing folder.
 
         resume: the --resume flag. Raises UserError rather than overwrite another run.
         """
@@ -70,25 +68,25 @@ class WorkDir(contextlib.ExitStack):
             return None
         if self.path.is_dir():
             self.lock()
-        newest = self.newest()
-        if newest and resume is None:
+        if resume is None and self.found():
             raise UserError(f"{self.path}: holds a run already; resume it by --resume auto, or name another folder "
                             "by --work_dir")
+        newest = self.newest()
         if resume in (None, "auto"):
             return newest
-        given = Path(resume), Checkpoint.read(resume)
-        if newest and not filecmp.cmp(resume, newest[0], False):  # as a copied folder has no hard links
+        if newest and not filecmp.cmp(resume, newest.source, False):  # as a copied folder has no hard links
             raise UserError(f"--resume {resume}: is not the newest checkpoint of {self.path}, which holds a run; name "
                             "another folder by --work_dir")
-        return newest or given
+        return newest or Checkpoint.read(resume)
 
     def lock(self):
         """Takes the folder's lock, which ends with this process. Raises UserError, naming the process that holds it.
 
         A lock of `lockf` belongs to one process; forked workers would keep one of `flock`.
         """
-        with writing(self.path):
-            self.lock_file = self.enter_context(open(self.path / ".lock", "a+"))
+        with writing(self.path / ".lock"):  # which is truncated: no link is followed
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self.lock_file = self.enter_context(open(descriptor, "r+"))
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -106,16 +104,19 @@ class WorkDir(contextlib.ExitStack):
         own = [path for path in self.checkpoints.glob("iter_*.pth") if OWN_NAME.fullmatch(path.name)]
         return sorted(own, key=lambda path: int(OWN_NAME.fullmatch(path.name)[1]), reverse=True)
 
+    def found(self):
+        """The paths of all our checkpoints, links that dangle among them, the newest first."""
+        return [path for path in (self.latest, *self.saved(), self.best) if os.path.lexists(path)]
+
     def newest(self):
-        """(file, Checkpoint) of latest.pth or, if that is damaged, of the newest readable one before it; None if the
-        folder holds none. Raises UserError if none can be read."""
-        found = [path for path in (self.latest, *self.saved(), self.best) if os.path.lexists(path)]
-        for path in filter(Path.exists, found):  # a link may dangle
+        """The Checkpoint in latest.pth or, if that is damaged, in the newest readable one before it; None if the folder
+        holds none. Raises UserError if none can be read."""
+        for path in filter(Path.exists, self.found()):
             try:
-                return path, Checkpoint.read(path)
+                return Checkpoint.read(path)
             except UserError as error:
                 self.log(f"{error}. It is not used.")
-        if found:
+        if self.found():
             raise UserError(f"{self.checkpoints}: holds no checkpoint that can be read; name one by --resume FILE and "
                             "another folder by --work_dir")
         return None
@@ -123,28 +124,28 @@ class WorkDir(contextlib.ExitStack):
     def open(self, start, progress, last, tensorboard=False):
         """Makes the folders. Starts new files, or truncates metrics.jsonl to the checkpoint the run resumes from.
 
-        start: the file of that checkpoint, or None; progress: the run's; its best score counts while best.pth exists
+        start: that Checkpoint, or None; progress: the run's; its best score counts while best.pth exists
         Raises UserError if the run is at its `last` iteration, evaluated, and the folder lacks its scores.
         """
         if not self.writes:
             return
         if progress.evaluated >= last and not any("mIoU" in line for line in self.metrics()):
-            raise UserError(f"{start}: is of iteration {progress.iteration} of {last}, nothing is left to train; raise "
-                            "--max_iters, or score it with evaluate.py")
+            raise UserError(f"{start.source}: is of iteration {progress.iteration} of {last}, nothing is left to "
+                            "train; raise --max_iters, or score it with evaluate.py")
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         if self.lock_file is None:  # the folder did not exist when the run began
             self.find_start(None)  # raises if another run began here meanwhile
         with writing(self.path):
-            remove_leftovers((self.path, self.checkpoints))
+            files.remove_leftovers((self.path, self.checkpoints))
             if start is None:
                 for path in (self.record_path, self.metrics_path, self.log_path, self.path / "result.json"):
                     path.unlink(missing_ok=True)
-            elif start != self.latest:
-                link_or_copy(start, self.latest)
+            elif start.source != str(self.latest):
+                files.link_or_copy(start.source, self.latest)
             kept = [line for line in self.metrics()
                     if line["iter"] <= (progress.evaluated if "mIoU" in line else progress.iteration)]
-            write_whole(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+            files.write_whole(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
         if not self.best.is_file():
             progress.best, progress.best_iteration = -1.0, 0
         if tensorboard:  # what an earlier run wrote there after this iteration is hidden
@@ -186,7 +187,8 @@ class WorkDir(contextlib.ExitStack):
     def add_pictures(self, iteration, pictures):
         """Writes PIL images {name: image} into the folder, and into TensorBoard's file."""
         for name, picture in pictures.items():
-            save(picture, self.path / f"{name}.png")
+            with files.whole_file(self.path / f"{name}.png") as temporary:
+                picture.save(temporary, "PNG")
             if self.board:
                 self.board.add_image(name, np.asarray(picture.convert("RGB")), iteration, dataformats="HWC")
                 self.board.flush()
@@ -239,12 +241,13 @@ class WorkDir(contextlib.ExitStack):
         names += [] if number is None else [self.checkpoints / f"iter_{number}.pth"]
         buffer = io.BytesIO()  # not straight to the file: torch.save reports a full disk as a wrong offset
         torch.save(on_cpu(content), buffer)
-        with writing(names[-1]):
-            write_whole(names[0], buffer.getbuffer())
-            for name in names[1:]:
-                link_or_copy(names[0], name)
-            for old in self.saved()[self.keep:]:
-                old.unlink()
+        with writing(names[0]):
+            files.write_whole(names[0], buffer.getbuffer())
+        for name in names[1:]:
+            with writing(name):
+                files.link_or_copy(names[0], name)
+        for old in self.saved()[self.keep:]:
+            old.unlink()
 
     # ---- what a run was, and its results
 
@@ -252,7 +255,7 @@ class WorkDir(contextlib.ExitStack):
         """Adds an entry to run.json: flags, data and versions of this start. origin: of the weights, as text"""
         if not self.writes:
             return
-        lists = {name: {"list": part.split, "images": len(part), "sha256": digest(part.ids),
+        lists = {name: {"list": part.split, "images": len(part), "sha256": data.digests()[name],
                         **({"ids": part.ids} if data.lists else {})}
                  for name, part in (("train", data.train), ("val", data.val))}
         entry = {"time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -263,11 +266,11 @@ class WorkDir(contextlib.ExitStack):
                  "data": {"classes": list(data.classes), **lists}}
         try:
             entries = json.loads(self.record_path.read_bytes().decode())["starts"] if self.record_path.exists() else []
-            content = as_json({"starts": [*entries, entry]})
+            content = files.as_json({"starts": [*entries, entry]})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.record_path}: damaged ({error}); fix or delete it") from None
         with writing(self.record_path):
-            write_whole(self.record_path, content)
+            files.write_whole(self.record_path, content)
         if self.board:
             from torch.utils.tensorboard.summary import hparams  # here, as the package is optional
 
@@ -287,9 +290,9 @@ class WorkDir(contextlib.ExitStack):
                   "fps": max(fps, default=None), "fps_median": statistics.median(fps) if fps else None,
                   **{name: scored[-1][name] for name in MEANS}, "best_mIoU": best["mIoU"],
                   "best_iteration": best["iter"]}
-        write_whole(self.path / "result.json", as_json({**values, "last": scored[-1], "best": best}))
+        files.write_whole(self.path / "result.json", files.as_json({**values, "last": scored[-1], "best": best}))
         images = args.batch_size * args.accumulate * ranks.count
-        write_summary(self.path, args.backbone, args.batch_size, ranks.count, "acc", {
+        files.write_summary(self.path, args.backbone, args.batch_size, ranks.count, "acc", {
             "ActualFPS": values["fps"],
             "TrainingTime": values["fps"] and 1000 * images / values["fps"],  # ms an iteration
             "mIoU": best["mIoU"] and best["mIoU"] / 100, "ActualLoss": values["loss"],
@@ -336,7 +339,7 @@ def start_lines(args, ranks, data, protocol, model, precision, last, origin, wor
     flags = {"sync_bn": "synchronised BN", "compile": "compiled", "freeze_bn": "frozen BN",
              "class_weights": "weighted classes"}
     more = "".join(f", {text}" for flag, text in flags.items() if getattr(args, flag))
-    notes = [missing_font(data.classes), *data.notes]
+    notes = list(data.notes)
     if args.freeze_bn and origin == "random weights":
         notes.append("--freeze_bn keeps statistics that no training has set")
     if ranks.device.type == "cpu" and (args.backbone.endswith("_d8") or args.crop_size > CPU_CROP):
@@ -365,17 +368,9 @@ def data_lines(data):
         sizes = ", ".join(f"{width}x{height} ({count:,})" for (height, width), count in seen["sizes"].most_common(3))
         lines.append(f"{name}: {len(getattr(data, name)):,} images of {len(seen['sizes']):,} sizes, most often {sizes}")
         for what in ("images", "pixels"):
-            values = seen[what][[*range(len(data.classes)), IGNORE]].tolist()
+            values = seen[what][[*range(len(data.classes)), -1]].tolist()  # the last: labelled IGNORE
             columns[f"{name} {what}"] = [f"{value:,}" for value in values]
     return [*lines, class_table((*data.classes, "not labelled"), columns)] if columns else []
-
-
-def write_summary(folder, backbone, batch_size, cards, kind, values):
-    """FCN_bs<batch>_<cards>p_<kind>.log: `Key = value` lines, as the Ascend port's scripts leave them."""
-    case = f"FCN_bs{batch_size}_{cards}p_{kind}"
-    lines = {"Network": "FCN", "Backbone": backbone, "RankSize": cards, "BatchSize": batch_size,
-             "DeviceType": platform.machine(), "CaseName": case, **values}
-    write_whole(folder / f"{case}.log", "".join(f"{key} = {value}\n" for key, value in lines.items()))
 
 
 def versions():
@@ -409,11 +404,6 @@ def append(path, line):
         file.write(line + "\n")
 
 
-@contextlib.contextmanager
 def writing(path):
-    """Makes an OSError name the file, which that of a full disk does not, and a hint."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written ({error.strerror or error}); make room, or name another folder "
-                                   "by --work_dir", str(error.filename or path)) from None
+    """A context in which an OSError, that of a full disk among them, names the file and a hint."""
+    return files.naming(path, "cannot be written ({}); make room, or name another folder by --work_dir")

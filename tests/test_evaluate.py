@@ -17,7 +17,7 @@ from fcn8s import FCN8s
 from inference import Predictor, Protocol
 from metrics import confusion_matrix, format_table, scores_of
 from transforms import prepare
-from voc import CLASSES, IGNORE, VOC
+from voc import CLASSES, IGNORE, VOC, read_classes
 
 
 def test_metrics_equal_scikit_learns_on_real_labels(real_voc):
@@ -114,6 +114,18 @@ def test_table_and_json_agree(checkpoint, drawn_voc, tmp_path):
     present = [line.split() for line in output.stdout.splitlines() if line.startswith("background")]
     assert float(present[0][1]) == pytest.approx(scores["classes"]["background"]["IoU"], abs=0.005)
     assert output.stderr == ""  # a progress bar is for terminals
+
+
+def test_a_folder_whose_classes_have_other_names_is_a_note(checkpoint, own_drawn_voc):
+    """One line says what is used. There is none where --classes says it, or the names are the same."""
+    file = own_drawn_voc / "class_names.txt"
+    for names, flags, noted in ((("ground", "cat"), (), True), (CLASSES, (), False),
+                                (CLASSES[::-1], ("--classes", file), False)):
+        file.write_text("\n".join(names) + "\n")
+        output = evaluate(checkpoint, own_drawn_voc, *flags).stdout
+        notes = [line for line in output.splitlines() if "class_names.txt" in line]
+        assert notes == noted * [f"note: {file}: has other names than the checkpoint, whose names are used: "
+                                 "background, aeroplane, bicycle, bird, boat, and 16 more"]
 
 
 @pytest.mark.parametrize("backbone", ("resnet50_d8", "resnet50"))
@@ -292,3 +304,6 @@ def test_the_json_overwrites_no_list_and_no_class_names(checkpoint, own_drawn_vo
     for path in (tmp_path / "names.txt", own_drawn_voc / "ImageSets/Segmentation/val.txt"):
         before = path.read_bytes()
         assert "would overwrite" in error_line(*command, path) and path.read_bytes() == before
+    names = own_drawn_voc / "class_names.txt"
+    names.write_text("\n".join(CLASSES))
+    assert "would overwrite" in error_line(*command[:6], "--json", names) and read_classes(names) == CLASSES

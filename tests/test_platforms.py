@@ -32,8 +32,6 @@ import device
 import evaluate
 import train
 import weights
-from fcn8s import FCN8s
-from voc import CLASSES
 
 MEETING = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 KUBERNETES = {**MEETING, "WORLD_SIZE": "4", "RANK": "1"}  # counts machines
@@ -322,7 +320,7 @@ def test_weights_without_a_home_folder_are_an_error_that_names_torch_home(home, 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(cli.UserError) as error:
-        weights.load_start(FCN8s(21, "resnet50"), "imagenet", False, CLASSES)
+        weights.Checkpoint.read("imagenet", "resnet50", instead=weights.INSTEAD)
     assert reason in str(error.value) and "TORCH_HOME" in str(error.value) and "--pretrained FILE" in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -330,7 +328,7 @@ def test_weights_without_a_home_folder_are_an_error_that_names_torch_home(home, 
 def test_a_network_that_cannot_be_reached_says_nothing_of_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(cli.UserError) as error:
-        weights.download("http://127.0.0.1:9/none-0000000000.pth", "the weights", "give a file")
+        weights.download("http://127.0.0.1:9/none-0000000000.pth", "none", "give a file")
     assert "refused" in str(error.value) and "TORCH_HOME" not in str(error.value)
 
 

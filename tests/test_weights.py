@@ -16,10 +16,11 @@ import torch
 import torchvision
 from conftest import ROOT, error_line, run, train, train_flags
 
+from amp import Precision, fused_sgd
 from cli import UserError
 from fcn8s import BACKBONES, VGG16, FCN8s, published
 from voc import CLASSES
-from weights import Checkpoint, load_exactly, load_start
+from weights import INSTEAD, Checkpoint, load_exactly, load_start, resume
 
 
 class NarrowVGG16(VGG16):
@@ -130,7 +131,7 @@ def test_imagenet_weights_are_downloaded_verified_and_loaded(models, name, tmp_p
     def load(file_name):
         hub(name, imagenet=f"{address}/{file_name}")
         model = FCN8s(21, name)
-        load_start(model, "imagenet", False, CLASSES)
+        Checkpoint.read("imagenet", name, instead=INSTEAD).start(model, CLASSES)
         return model.backbone.layer3[1].conv2.weight
 
     assert torch.equal(load(file.name), content.get("state_dict", content)["layer3.1.conv2.weight"])
@@ -253,6 +254,8 @@ def test_a_plain_pickle_is_not_said_to_be_made_plain(tmp_path):
 
 
 EDITS = {"lists": ("meta", "lists", 5), "ids": ("meta", "lists", {"train": [1], "val": []}),
+         "images": ("meta", "images", 5), "hashes": ("meta", "images", {"train": ["a"]}), "pad_to": (
+             "meta", "args", {"pad_to": "x"}), "tensor": ("meta", "backbone", torch.ones(3)),
          "names": ("meta", "classes", ["a"]), "colours": ("meta", "palette", [[0, 0, 300]] * 21),
          "backbone": ("meta", "backbone", 7), "scale": ("meta", "scale", "large"), "ranks": ("meta", "ranks", None),
          "digests": ("meta", "digests", {}), "iteration": ("progress", "iteration", "six"),
@@ -282,6 +285,33 @@ def test_a_checkpoint_of_ours_that_was_edited_is_one_line(drawn_voc, tmp_path):
         shutil.copy(tmp_path / "momentum.pth", path)
     output = train(drawn_voc, tmp_path / "run", "--max_iters", 2, "--resume", "auto").stdout
     assert "latest.pth: the file is damaged" in output and "iter_1.pth, iteration 1" in output
+
+
+def test_momentum_that_a_checkpoint_lacks_is_zero():
+    """Else a fused SGD whose first step is skipped goes on from memory that nobody set."""
+    device, parameters = torch.device("cpu"), [torch.nn.Parameter(torch.ones(size)) for size in (2, 3, 4)]
+    precision, progress = Precision(device), argparse.Namespace(iteration=0)
+    optimizer = fused_sgd(parameters, device, precision, 0.1, 0.9, 0.0)
+    state = {1: {"momentum_buffer": torch.full((3,), 5.0)}, 2: {"momentum_buffer": None}}
+    start = argparse.Namespace(
+        training={"precision": {}, "optimizer": {"state": state}, "progress": {"iteration": 7}}, scale=lambda: (2, 1),
+        meta={"digests": {"val": "a"}, "args": {}})
+    data = argparse.Namespace(digests=lambda: {"val": "a"})
+    flags = argparse.Namespace(val_scale=(2, 1), pad_to=None)
+    assert resume(flags, optimizer, precision, data, start, progress) == progress.iteration == 7
+    momentum = [optimizer.state[parameter]["momentum_buffer"].tolist() for parameter in parameters]
+    assert momentum == [[0.0] * 2, [5.0] * 3, [0.0] * 4]
+
+
+def test_rank_0_alone_reads_the_weights_to_start_from(tmp_path, monkeypatch):
+    donor, model = FCN8s(21, "tiny"), FCN8s(21, "tiny")
+    torch.save({"state_dict": donor.state_dict(), "meta": {"backbone": "tiny", "num_classes": 21}}, tmp_path / "a.pth")
+    checkpoint = Checkpoint.read(tmp_path / "a.pth")
+    monkeypatch.setattr("weights.read_file", lambda path: pytest.fail("rank 1 reads it"))
+    ranks = argparse.Namespace(rank=1, share=lambda value: checkpoint)
+    flags = argparse.Namespace(pretrained=str(tmp_path / "a.pth"), backbone="tiny", at_once=False)
+    assert load_start(model, flags, CLASSES, ranks).endswith("a.pth: a checkpoint of train.py")
+    assert torch.equal(model.backbone.stage32[0].weight, donor.backbone.stage32[0].weight)
 
 
 def test_published_models_go_by_their_name(models, tmp_path, hub):
@@ -345,7 +375,7 @@ def test_half_a_head_is_an_error_that_names_the_key(models, tmp_path):
     model, vgg = models["resnet50_d8"], models["vgg16"]
     for spoiled, words in (({key: value for key, value in small(model).items()
                              if key != "decode_head.conv_seg.weight"}, "decode_head.conv_seg.weight is missing"),
-                           ({**small(FCN8s(19, "resnet50_d8")), "decode_head.bogus": torch.ones(1)},
+                           ({**small(model), "decode_head.bogus": torch.ones(1)},
                             "decode_head.bogus is unexpected")):
         with pytest.raises(UserError, match=words):
             start(model, {"state_dict": spoiled}, tmp_path / "a.pth")

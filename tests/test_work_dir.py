@@ -2,6 +2,7 @@
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -153,13 +154,14 @@ def test_a_folder_that_holds_checkpoints_is_never_taken_for_empty(stopped, drawn
     (stopped / "ckpt/latest.pth").symlink_to("iter_9.pth")
     before = contents(stopped)
     flags = train_flags(drawn_voc, stopped)
-    for more in ((), AUTO, ("--performance",)):
-        assert "holds no checkpoint that can be read" in run(TRAIN, *flags, *more, status=1).stderr
+    for more, words in (((), "holds a run already"), (AUTO, "holds no checkpoint that can be read"),
+                        (("--performance",), "holds a run already")):
+        assert words in error_line(TRAIN, *flags, *more)
     assert contents(stopped) == before
     (stopped / "ckpt/latest.pth").unlink()
     (stopped / "ckpt/best.pth").write_bytes(b"garbage")
-    for more in ((), AUTO):
-        assert "holds no checkpoint that can be read" in error_line(TRAIN, *flags, *more)
+    for more, words in (((), "holds a run already"), (AUTO, "holds no checkpoint that can be read")):
+        assert words in error_line(TRAIN, *flags, *more)
 
 
 def test_a_run_without_a_checkpoint_may_be_overwritten(whole, drawn_voc, tmp_path):
@@ -238,6 +240,32 @@ def test_two_writers_of_one_file(tmp_path):
         theirs.write_text("theirs")
         remove_leftovers([tmp_path])
     assert (tmp_path / "name").read_text() == "ours" and len(list(tmp_path.iterdir())) == 1  # the last to end
+
+
+def test_a_link_or_a_pipe_of_a_temporary_files_name_is_left_alone(tmp_path):
+    """To open the pipe would wait for a writer, if it had none."""
+    folder, names = tmp_path / "run", [f".{digit * 16}.tmp" for digit in "01234"]
+    folder.mkdir()
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(folder / names[4])
+    for name, target in zip(names, ("file", "pipe", "", "absent"), strict=False):
+        (folder / name).symlink_to(tmp_path / target)
+    (folder / f".{'f' * 16}.tmp").write_text("of a writer that was killed")
+    ends = [os.open(path, os.O_RDWR) for path in (tmp_path / "pipe", folder / names[4])]
+    remove_leftovers([folder])
+    for end in ends:
+        os.close(end)
+    assert sorted(path.name for path in folder.iterdir()) == names and read(tmp_path / "file") == "mine"
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(drawn_voc, tmp_path):
+    """Its target would be truncated."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "mine")
+    line = error_line(TRAIN, *train_flags(drawn_voc, tmp_path / "run"))
+    assert f"{tmp_path}/run/.lock: cannot be written (" in line and read(tmp_path / "mine") == "mine"
 
 
 def test_two_commands_write_into_one_folder(whole, drawn_voc, tmp_path):

@@ -58,7 +58,7 @@ class Disturbed:
     def iteration(self):
         """That of the newest whole checkpoint. Raises UserError if there are some but none is whole."""
         found = self.folder.newest()
-        return found[1].iteration() if found else 0
+        return found.iteration() if found else 0
 
     def end(self):
         finish(self.start(self.path, "--resume", "auto"), 0)
@@ -84,14 +84,14 @@ class Disturbed:
 
     def older(self):
         """The whole checkpoints that are not the newest."""
-        found = self.folder.newest()
-        return [path for path in self.folder.saved() if whole(path) and not os.path.samefile(path, found[0])]
+        newest = self.folder.newest()
+        return [path for path in self.folder.saved() if whole(path) and not os.path.samefile(path, newest.source)]
 
     def damage(self):
         """Flips a bit of the newest checkpoint, where another one is whole."""
         if not self.older():
             return False
-        newest, _ = self.folder.newest()
+        newest = Path(self.folder.newest().source)
         content = bytearray(newest.read_bytes())
         content[self.rng.randrange(len(content))] ^= 1
         with open(newest, "r+b") as file:  # in place, as it may have several names
