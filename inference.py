@@ -328,10 +328,11 @@ def draw_data(work_dir, data, batch, form, device):
         images, labels = prepare_batch(batch, form, device)
         samples = [("", *sample) for sample in zip(visible(images, form), labels.cpu().numpy(), strict=True)]
         title = "the first training batch, as the network sees it"
-        visualize.save(visualize.image_grid(samples, data.classes, palette(), title), work_dir.path / "train_batch.png")
+        picture = visualize.sample_grid(samples, data.classes, palette(), title)
+        visualize.save(picture, work_dir.path / "train_batch.png")
         samples = [(f"{part.split}: {image_id}", image, label) for part in (data.train, data.val)
                    for image_id, image, label in spread(part, DATA_SAMPLES)]
-        picture = visualize.image_grid(samples, data.classes, palette(), "images of both lists")
+        picture = visualize.sample_grid(samples, data.classes, palette(), "images of both lists")
         if data.seen:
             shares = {name: seen["pixels"] / seen["pixels"].sum() for name, seen in data.seen.items()}
             bars = visualize.class_bars(shares, data.classes, palette())
