@@ -187,7 +187,7 @@ def image_of(photograph):
             raise UserError(f"an array is uint8 [H, W, 3], not {photograph.dtype} {list(photograph.shape)}")
         return torch.from_numpy(photograph).permute(2, 0, 1)
     if not Path(photograph).exists():
-        raise UserError(f"{photograph}: there is no such photograph; give a file, a PIL image or an array")
+        raise UserError(f"{photograph}: there is no such photograph, or it is a link that leads nowhere")
     return read_image(Path(photograph))
 
 

@@ -5,15 +5,15 @@ import os
 import sys
 from pathlib import Path
 
-from cli import PROG, Parser, UserError, file_path, run  # isort: skip, see cli
+from cli import Parser, UserError, file_path, message_of, run  # isort: skip, see cli
 import numpy as np
 from tqdm import tqdm
 
 import visualize
 from device import add_one_device_flags, describe, readable_errors
 from files import check_no_overlap, check_writable, output_file, remove_leftovers
-from inference import Predictor, Protocol, add_protocol_flags, check_protocol
-from voc import heic_hint, id_of, is_readable, opened, read_image, walk
+from inference import Predictor, Protocol, add_protocol_flags, check_protocol, image_of
+from voc import heic_hint, id_of, is_readable, opened, walk
 from weights import add_network_flags
 
 
@@ -43,8 +43,8 @@ def main(args):
     paths, problems = {}, []
     for path, name in found.items():
         if paths.setdefault(name, path) != path:
-            problems.append(f"{path}: its pictures would have the names of those of {paths[name]}; label it into "
-                            "another --save_dir")
+            problems.append(UserError(f"{path}: its pictures would have the names of those of {paths[name]}; label it "
+                                      "into another --save_dir"))
     written = {name: targets(args.save_dir, name, args.overlay) for name in paths}
     every_target = [target for files in written.values() for target in files]
     check_no_overlap(found, every_target, f"--save_dir {args.save_dir}")
@@ -67,10 +67,10 @@ def main(args):
                 with readable_errors(f"{path} needs a smaller --scale, or windows by --slide"):
                     shares[path] = label(predictor, path, *written[name])
             except (UserError, OSError) as error:
-                problems.append(str(error))
+                problems.append(error)
     finally:  # also after Ctrl-C
         for problem in problems:
-            print(f"{PROG}: error: {problem}", file=sys.stderr)
+            print(message_of(problem), file=sys.stderr)
         if args.csv:
             write_csv(as_csv(predictor.names, shares))
     print(f"{len(shares)} photograph{'s' * (len(shares) != 1)} labelled; pictures in {args.save_dir}")
@@ -111,10 +111,10 @@ def targets(save_dir, name, overlay):
 
 def label(predictor, path, class_file, overlay_file=None):
     """Writes the pictures of one photograph. -> the share of each class, float [C]"""
+    image = image_of(path).permute(1, 2, 0).numpy()
     with opened(path, "image") as file:
         if getattr(file, "is_animated", False) and file.format != "MPO":  # whose others are the camera's previews
             tqdm.write(f"note: {path}: holds several frames; the first is labelled")
-    image = read_image(path).permute(1, 2, 0).numpy()
     classes = predictor(image)
     visualize.save(visualize.class_picture(classes, predictor.colours), class_file)
     if overlay_file:
