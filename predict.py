@@ -5,8 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from cli import Parser, UserError, file_path, message_of, run  # isort: skip, see cli
-import numpy as np
+from cli import PROG, Parser, UserError, file_path, message_of, run  # isort: skip, see cli
 from tqdm import tqdm
 
 import visualize
@@ -43,9 +42,10 @@ def main(args):
     paths, problems = {}, []
     for path, name in found.items():
         if paths.setdefault(name, path) != path:
-            problems.append(UserError(f"{path}: its pictures would have the names of those of {paths[name]}; label it "
-                                      "into another --save_dir"))
-    written = {name: targets(args.save_dir, name, args.overlay) for name in paths}
+            problems.append(f"{PROG}: error: {path}: its pictures would have the names of those of {paths[name]}; "
+                            "label it into another --save_dir")
+    written = {name: [args.save_dir / f"{name}.png", *([args.save_dir / f"overlay/{name}.jpg"] if args.overlay else [])]
+               for name in paths}
     every_target = [target for files in written.values() for target in files]
     check_no_overlap(found, every_target, f"--save_dir {args.save_dir}")
     check_writable(args.save_dir)
@@ -67,10 +67,10 @@ def main(args):
                 with readable_errors(f"{path} needs a smaller --scale, or windows by --slide"):
                     shares[path] = label(predictor, path, *written[name])
             except (UserError, OSError) as error:
-                problems.append(error)
+                problems.append(message_of(error))
     finally:  # also after Ctrl-C
         for problem in problems:
-            print(message_of(problem), file=sys.stderr)
+            print(problem, file=sys.stderr)
         if args.csv:
             write_csv(as_csv(predictor.names, shares))
     print(f"{len(shares)} photograph{'s' * (len(shares) != 1)} labelled; pictures in {args.save_dir}")
@@ -104,11 +104,6 @@ def find_photographs(inputs, save_dir):
     return found, skipped
 
 
-def targets(save_dir, name, overlay):
-    """The paths of a photograph's class map and, if asked for, of its overlay."""
-    return [save_dir / f"{name}.png", *([save_dir / "overlay" / f"{name}.jpg"] if overlay else [])]
-
-
 def label(predictor, path, class_file, overlay_file=None):
     """Writes the pictures of one photograph. -> the share of each class, float [C]"""
     image = image_of(path).permute(1, 2, 0).numpy()
@@ -119,7 +114,7 @@ def label(predictor, path, class_file, overlay_file=None):
     visualize.save(visualize.class_picture(classes, predictor.colours), class_file)
     if overlay_file:
         visualize.save(visualize.overlay(image, classes, predictor.names, predictor.colours), overlay_file)
-    return np.bincount(classes.ravel(), minlength=len(predictor.names)) / classes.size
+    return visualize.histogram(classes)[:len(predictor.names)] / classes.size
 
 
 def as_csv(names, shares):
