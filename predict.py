@@ -55,7 +55,7 @@ def main(args):
         write_csv = output_file(args.csv)
     predictor = Predictor(args.checkpoint, args.device, args.device_id, args.backbone, args.at_once, Protocol.of(args))
     print(f"{predictor.checkpoint.backbone} from {predictor.checkpoint.source}: {predictor.checkpoint.kind}\n"
-          f"{len(paths)} photographs, {predictor.protocol}, on {describe(predictor.device, args.device)}, "
+          f"{counted(paths)}, {predictor.protocol}, on {describe(predictor.device, args.device)}, "
           f"{predictor.protocol.precision(predictor.device)}")
     font = visualize.missing_font(predictor.names) if args.overlay else None
     for line in [*skipped, *([f"note: {font}"] if font else [])]:
@@ -73,7 +73,7 @@ def main(args):
             print(problem, file=sys.stderr)
         if args.csv:
             write_csv(as_csv(predictor.names, shares))
-    print(f"{len(shares)} photograph{'s' * (len(shares) != 1)} labelled; pictures in {args.save_dir}")
+    print(f"{counted(shares)} labelled; pictures in {args.save_dir}")
     return 1 if problems else 0
 
 
@@ -102,6 +102,10 @@ def find_photographs(inputs, save_dir):
     if not found:
         raise UserError("; ".join([f"{inputs[0]}: holds no photographs that Pillow reads", *skipped[:1]]))
     return found, skipped
+
+
+def counted(photographs):
+    return f"{len(photographs)} photograph{'s' * (len(photographs) != 1)}"
 
 
 def label(predictor, path, class_file, overlay_file=None):

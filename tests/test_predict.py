@@ -168,7 +168,8 @@ def test_heic_alone_and_files_that_pillow_cannot_read_are_told_with_the_remedy(c
     assert "holds no photographs that Pillow reads; skipped" in line and "pip install pillow-heif" in line
     Image.fromarray(photograph(20, 30)).save(folder / "a.png")
     done = run(PREDICT, checkpoint, folder, "--save_dir", tmp_path / "out", "--device", "cpu")
-    assert "1 photograph labelled" in done.stdout and done.stdout.count("skipped, Pillow does not know") == 3
+    assert "\n1 photograph, " in done.stdout and "1 photograph labelled" in done.stdout
+    assert done.stdout.count("skipped, Pillow does not know") == 3
 
 
 def test_an_array_of_another_form_is_one_line(checkpoint):
