@@ -106,7 +106,7 @@ def grid(samples, captions, box, names, colours, blocks=1):
 
     box: maximum (width, height) of a view
     """
-    font = font_for(names, *box)
+    font = font_for([*names, *(name for name, *_ in samples)], *box)
     heads = [text_line(text, font, WRONG if text.startswith("errors") else None) for text in captions]
     parts = [views(image, maps, box, colours, max(1, font.size // OUTLINE_PART)) for _, image, *maps in samples]
     width = max(view.width for part in (heads, *parts) for view in part)

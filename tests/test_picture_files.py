@@ -373,6 +373,13 @@ def test_all_names_are_drawn_in_the_font_with_the_most_of_their_letters(install)
     assert len({ink(letter, font).tobytes() for letter in "猫狗鳥"}) == 3
 
 
+def test_the_names_of_images_are_drawn_if_those_of_the_classes_are_ascii(install):
+    install(Sans="猫狗")
+    (_, *sample), = samples([(165, 220)])
+    assert visualize.sample_grid([("猫", *sample)], NAMES, colours(), "title") != visualize.sample_grid(
+        [("狗", *sample)], NAMES, colours(), "title")
+
+
 def test_ascii_texts_have_pillows_own_font_even_if_that_of_the_names_has_no_ascii(install):
     install(Sans="猫")
     own, other = ImageFont.load_default(32), visualize.font_for(["猫"], 1024, 1024)
