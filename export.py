@@ -7,6 +7,7 @@ from cli import MAX_SIDE, Parser, UserError, file_path, number, run  # isort: sk
 import numpy as np
 import torch
 
+from device import readable_errors
 from files import check_no_overlap, output_file
 from transforms import CAFFE_MEAN, MEAN, STD, normalise
 from weights import Checkpoint, add_network_flags
@@ -35,8 +36,9 @@ def main(args):
     checkpoint = Checkpoint.read(args.checkpoint, args.backbone, args.at_once)
     network = WithPreparation(checkpoint.network()).eval()
     traced, others = ((1, *args.size), ()) if args.size else (TRACED, OTHERS)
-    content = as_onnx(network, metadata(checkpoint), traced, dynamic=bool(others))
-    difference = max(onnx_difference(network, content, shape) for shape in (traced, *others))
+    with readable_errors("take a smaller --size"):
+        content = as_onnx(network, metadata(checkpoint), traced, dynamic=bool(others))
+        difference = max(onnx_difference(network, content, shape) for shape in (traced, *others))
     if not difference <= TOLERANCE:
         raise UserError(f"{args.file}: not written, as ONNX Runtime's logits differ from PyTorch's by "
                         f"{difference:.1e} of the largest; at most {TOLERANCE} is right")

@@ -37,6 +37,8 @@ class FCN8s(nn.Module):
         channels, self.auxiliary_head = self.backbone.channels, None
         if tuple(self.backbone.strides) == SKIP_STRIDES:
             self.decode_head = SkipHead(channels, num_classes)
+        elif set(self.backbone.strides) != {STRIDE}:
+            raise UserError(f"{backbone}: has strides {self.backbone.strides}; the heads take 8, 16, 32 or 8, 8, 8")
         else:
             self.decode_head = ConvHead(2, channels[2], 512, num_classes, convs=2, concat_input=True)
             self.auxiliary_head = ConvHead(1, channels[1], 256, num_classes, convs=1)

@@ -101,8 +101,8 @@ def check_writable(folder):
 def output_file(path):
     """Checks that the file `path`, which the user named, can be written. -> the function that writes bytes to it
 
-    A link is followed. Devices, pipes and the command's own output are written to as they are. Raises OSError, also for
-    a pipe that nobody reads: to open it would wait for a reader.
+    What killed writers left in its folder is deleted. A link is followed. Devices, pipes and the command's own output
+    are written to as they are. Raises OSError, also for a pipe that nobody reads: to open it would wait for a reader.
     """
     there = path.stat() if path.exists() else None
     own = [number for number in (1, 2) if there and os.path.samestat(there, os.fstat(number))]
@@ -117,6 +117,7 @@ def output_file(path):
         if target.is_dir() or not target.parent.is_dir():
             raise OSError(None, "cannot be written; name a file in a folder that exists", str(path))
         check_writable(target.parent)
+        remove_leftovers([target.parent])
         return functools.partial(write_whole, target)
 
     def write(content):

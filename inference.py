@@ -3,6 +3,7 @@
 Shapes: an image is uint8 [3, H, W], RGB; a label or class map uint8 [H, W]; logits float [C, h, w]; C classes.
 """
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -47,15 +48,13 @@ def add_protocol_flags(parser):
 
 
 def check_protocol(parser, args):
-    """Values that make no sense together are a usage error. Several values of a flag become a tuple."""
+    """Values that make no sense together are a usage error."""
     check_scales(parser, args, "scale")
     if args.slide and args.slide[0] < args.slide[1]:
         parser.error(f"--slide {args.slide[0]} {args.slide[1]}: the stride is longer than the window, pixels would be "
                      "left out; CROP comes first")
     if args.slide and args.pad_to:
         parser.error("--pad_to and --slide do not go together: a window is of one shape already")
-    for flag in ("ratios", "slide"):
-        setattr(args, flag, getattr(args, flag) and tuple(getattr(args, flag)))
 
 
 def check_scales(parser, args, *flags):
@@ -90,15 +89,14 @@ class Protocol:
     @classmethod
     def of(cls, args):
         """The protocol that the flags of `add_protocol_flags` give."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in vars(args).items() if name in names})
+        return cls(**{field.name: getattr(args, field.name, field.default) for field in dataclasses.fields(cls)})
 
     def with_scale_of(self, checkpoint):
         """The same; a scale of None becomes the checkpoint's, and then a pad_to of None its padding. 0 stays."""
         if self.scale:
             return self
         pad_to = self.pad_to
-        if pad_to is None and not self.slide and self.ratios == (1.0,):
+        if pad_to is None and not self.slide and list(self.ratios) == [1]:
             pad_to = checkpoint.meta.get("args", {}).get("pad_to")
         return dataclasses.replace(self, scale=checkpoint.scale(), pad_to=pad_to)
 
@@ -116,7 +114,7 @@ class Protocol:
     def scales(self):
         """The (long, short) of each ratio; None for the image's own size. Raises UserError if a ratio cannot be."""
         if self.scale is None:
-            if self.ratios != (1.0,):
+            if list(self.ratios) != [1]:
                 raise UserError("--ratios are multiples of a scale; add --scale LONG SHORT")
             return [None]
         scales = [tuple(int(side * ratio) for side in self.scale) for ratio in self.ratios]
@@ -166,9 +164,8 @@ class Predictor:
 
     def overlay(self, photograph):
         """The photograph under the class colours, with a legend: a PIL image, as `predict.py --overlay` writes it."""
-        image = image_of(photograph)
-        classes = classify(self.model, image, self.protocol, self.device)
-        return visualize.overlay(image.permute(1, 2, 0).numpy(), classes, self.names, self.colours)
+        image = image_of(photograph).permute(1, 2, 0).numpy()
+        return visualize.overlay(image, self(image), self.names, self.colours)
 
     def probabilities(self, photograph):
         """The probability of each class in each pixel: NumPy float16 [C, H, W].
@@ -187,7 +184,7 @@ def image_of(photograph):
             raise UserError(f"an array is uint8 [H, W, 3], not {photograph.dtype} {list(photograph.shape)}")
         return torch.from_numpy(photograph).permute(2, 0, 1)
     if not Path(photograph).exists():
-        raise UserError(f"{photograph}: there is no such photograph; give a file, a PIL image or an array")
+        raise UserError(f"{photograph}: there is no such photograph, or it is a link that leads nowhere")
     return read_image(Path(photograph))
 
 
@@ -234,21 +231,15 @@ def answers(model, scaled, size, protocol, device, answer):
 def predict(model, images, protocol):
     """The network's logits of images uint8 [N, h, w, 3] of one scale: a list of [N, C, h, w], of the images and, with
     `flip`, of their mirror images, mirrored back."""
-    size, inputs = tuple(images.shape[1:3]), prepare(images, model.form)
-    if protocol.pad_to:
-        inputs = F.pad(inputs, (0, protocol.pad_to - size[1], 0, protocol.pad_to - size[0]))
-
-    def logits_of(inputs):
-        logits = slide_windows(model, inputs, *protocol.slide) if protocol.slide else model(inputs, size)["out"]
-        return logits.float()
-
+    size, inputs, views = tuple(images.shape[1:3]), prepare(images, model.form), []
     kind = images.device.type
     with convolutions(images.device, training=False), torch.autocast(kind, AMP_DTYPES[kind], enabled=protocol.amp):
-        views = [logits_of(inputs)]
-        if protocol.flip:
-            # With padding, the mirror image is padded on the right, too.
-            mirrored = torch.cat([inputs[..., :size[1]].flip(-1), inputs[..., size[1]:]], -1)
-            views.append(logits_of(mirrored).flip(-1))
+        for mirrored in (False, True)[:1 + protocol.flip]:
+            view = inputs.flip(-1) if mirrored else inputs
+            if protocol.pad_to:
+                view = F.pad(view, (0, protocol.pad_to - size[1], 0, protocol.pad_to - size[0]))
+            logits = slide_windows(model, view, *protocol.slide) if protocol.slide else model(view, size)["out"]
+            views.append((logits.flip(-1) if mirrored else logits).float())
     return views
 
 
@@ -257,15 +248,12 @@ def slide_windows(model, inputs, crop, stride):
     tops, lefts = ([max(min(start, side - crop), 0) for start in
                     range(0, max(math.ceil((side - crop) / stride), 0) * stride + 1, stride)]
                    for side in inputs.shape[-2:])
-    total, count = 0, torch.zeros(inputs.shape[-2:], device=inputs.device)
-    for top in tops:
-        for left in lefts:
-            window = inputs[..., top:top + crop, left:left + crop]
-            logits = model(window)["out"].float()
-            if isinstance(total, int):
-                total = logits.new_zeros(*logits.shape[:2], *inputs.shape[-2:])
-            total[..., top:top + crop, left:left + crop] += logits
-            count[top:top + crop, left:left + crop] += 1
+    total = inputs.new_zeros(len(inputs), model.num_classes, *inputs.shape[-2:])
+    count = torch.zeros_like(total[0, 0])
+    for top, left in itertools.product(tops, lefts):
+        window = ..., slice(top, top + crop), slice(left, left + crop)
+        total[window] += model(inputs[window])["out"]
+        count[window] += 1
     return total / count
 
 
@@ -331,15 +319,15 @@ def draw_data(work_dir, data, batch, form, device):
         images, labels = prepare_batch(batch, form, device)
         samples = [("", *sample) for sample in zip(visible(images, form), labels.cpu().numpy(), strict=True)]
         title = "the first training batch, as the network sees it"
-        visualize.save(visualize.image_grid(samples, data.classes, palette(), title), work_dir.path / "train_batch.png")
-        samples = [(f"{part.split}: {image_id}", image, label) for part in (data.train, data.val)
-                   for image_id, image, label in spread(part, DATA_SAMPLES)]
-        picture = visualize.image_grid(samples, data.classes, palette(), "images of both lists")
+        picture = visualize.sample_grid(samples, data.classes, palette(), title)
+        visualize.save(picture, work_dir.path / "train_batch.png")
+        samples = [(f"{part.split}: {name}", *maps) for part in (data.train, data.val)
+                   for name, *maps in spread(part, DATA_SAMPLES)]
+        pictures = [visualize.sample_grid(samples, data.classes, palette(), "images of both lists")]
         if data.seen:
             shares = {name: seen["pixels"] / seen["pixels"].sum() for name, seen in data.seen.items()}
-            bars = visualize.class_bars(shares, data.classes, palette())
-            picture = visualize.joined([bars, picture], visualize.COLUMN)
-        visualize.save(picture, work_dir.path / "data.png")
+            pictures.insert(0, visualize.class_bars(shares, data.classes, palette()))
+        visualize.save(visualize.joined(pictures, visualize.COLUMN), work_dir.path / "data.png")
     except Exception as error:
         work_dir.log(f"data.png or train_batch.png could not be drawn: {first_line(error)}")
 

@@ -5,15 +5,14 @@ import os
 import sys
 from pathlib import Path
 
-from cli import PROG, Parser, UserError, file_path, run  # isort: skip, see cli
-import numpy as np
+from cli import PROG, Parser, UserError, file_path, message_of, run  # isort: skip, see cli
 from tqdm import tqdm
 
 import visualize
 from device import add_one_device_flags, describe, readable_errors
 from files import check_no_overlap, check_writable, output_file, remove_leftovers
-from inference import Predictor, Protocol, add_protocol_flags, check_protocol
-from voc import heic_hint, id_of, is_readable, opened, read_image, walk
+from inference import Predictor, Protocol, add_protocol_flags, check_protocol, image_of
+from voc import heic_hint, id_of, is_readable, opened, walk
 from weights import add_network_flags
 
 
@@ -43,9 +42,10 @@ def main(args):
     paths, problems = {}, []
     for path, name in found.items():
         if paths.setdefault(name, path) != path:
-            problems.append(f"{path}: its pictures would have the names of those of {paths[name]}; label it into "
-                            "another --save_dir")
-    written = {name: targets(args.save_dir, name, args.overlay) for name in paths}
+            problems.append(f"{PROG}: error: {path}: its pictures would have the names of those of {paths[name]}; "
+                            "label it into another --save_dir")
+    written = {name: [args.save_dir / f"{name}.png", *([args.save_dir / f"overlay/{name}.jpg"] if args.overlay else [])]
+               for name in paths}
     every_target = [target for files in written.values() for target in files]
     check_no_overlap(found, every_target, f"--save_dir {args.save_dir}")
     check_writable(args.save_dir)
@@ -55,7 +55,7 @@ def main(args):
         write_csv = output_file(args.csv)
     predictor = Predictor(args.checkpoint, args.device, args.device_id, args.backbone, args.at_once, Protocol.of(args))
     print(f"{predictor.checkpoint.backbone} from {predictor.checkpoint.source}: {predictor.checkpoint.kind}\n"
-          f"{len(paths)} photographs, {predictor.protocol}, on {describe(predictor.device, args.device)}, "
+          f"{counted(paths)}, {predictor.protocol}, on {describe(predictor.device, args.device)}, "
           f"{predictor.protocol.precision(predictor.device)}")
     font = visualize.missing_font(predictor.names) if args.overlay else None
     for line in [*skipped, *([f"note: {font}"] if font else [])]:
@@ -67,13 +67,13 @@ def main(args):
                 with readable_errors(f"{path} needs a smaller --scale, or windows by --slide"):
                     shares[path] = label(predictor, path, *written[name])
             except (UserError, OSError) as error:
-                problems.append(str(error))
+                problems.append(message_of(error))
     finally:  # also after Ctrl-C
         for problem in problems:
-            print(f"{PROG}: error: {problem}", file=sys.stderr)
+            print(problem, file=sys.stderr)
         if args.csv:
             write_csv(as_csv(predictor.names, shares))
-    print(f"{len(shares)} photograph{'s' * (len(shares) != 1)} labelled; pictures in {args.save_dir}")
+    print(f"{counted(shares)} labelled; pictures in {args.save_dir}")
     return 1 if problems else 0
 
 
@@ -104,22 +104,21 @@ def find_photographs(inputs, save_dir):
     return found, skipped
 
 
-def targets(save_dir, name, overlay):
-    """The paths of a photograph's class map and, if asked for, of its overlay."""
-    return [save_dir / f"{name}.png", *([save_dir / "overlay" / f"{name}.jpg"] if overlay else [])]
+def counted(photographs):
+    return f"{len(photographs)} photograph{'s' * (len(photographs) != 1)}"
 
 
 def label(predictor, path, class_file, overlay_file=None):
     """Writes the pictures of one photograph. -> the share of each class, float [C]"""
+    image = image_of(path).permute(1, 2, 0).numpy()
     with opened(path, "image") as file:
         if getattr(file, "is_animated", False) and file.format != "MPO":  # whose others are the camera's previews
             tqdm.write(f"note: {path}: holds several frames; the first is labelled")
-    image = read_image(path).permute(1, 2, 0).numpy()
     classes = predictor(image)
     visualize.save(visualize.class_picture(classes, predictor.colours), class_file)
     if overlay_file:
         visualize.save(visualize.overlay(image, classes, predictor.names, predictor.colours), overlay_file)
-    return np.bincount(classes.ravel(), minlength=len(predictor.names)) / classes.size
+    return visualize.histogram(classes)[:len(predictor.names)] / classes.size
 
 
 def as_csv(names, shares):

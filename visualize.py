@@ -10,6 +10,7 @@ import io
 import itertools
 import logging
 import math
+import textwrap
 import warnings
 
 import numpy as np
@@ -27,15 +28,14 @@ WHITE, BLACK, FRAME = (255, 255, 255), (0, 0, 0), (120, 120, 120)
 TEXT, TITLE = 16, 20  # minimum height of text, and height of a grid's title, in pixels
 TEXT_PART = 32  # on large pictures, text is sqrt(area) / TEXT_PART pixels high
 OUTLINE_PART = 20  # outlines of classes are 1 / OUTLINE_PART of the text's height wide, at least one pixel
-GREYISH = 64  # a colour whose channels differ by less is hatched: photographs have areas of such a colour
-HATCH_WIDTH, HATCH_STEP = 2, 8  # of the lines of that hatching, in widths of an outline
+GREYISH = 64  # a colour whose channels differ by less is striped: photographs have areas of such a colour
+STRIPE_WIDTH, STRIPE_STEP = 2, 8  # of those stripes, in widths of an outline
 LEGEND_WIDTH = 8  # minimum width of a legend, in heights of its text
-LEGEND_PART = 3  # a legend is at most 1 / LEGEND_PART of a picture's height, but has a row
+LEGEND_PART, LEGEND_ROWS = 3, 2  # a legend is at most 1 / LEGEND_PART of a picture's height, or has so many rows
 STRIP_PIXELS = 2 ** 22  # overlays are blended in strips of this many pixels, to save memory
 PANELS = ("photograph", "label", "prediction")  # and the errors
 PANEL_SIDES = (320, 1024)  # minimum and maximum of the longer side of a comparison's panels, in pixels
 SAMPLE_BOX = (220, 165)  # maximum width and height of the views in a sample grid, in pixels
-SAMPLE_COLOURS, SAMPLE_STEP = 192, 3  # a grid is reduced to this many colours, chosen from every third pixel
 BLOCKS = 2  # samples per row of a grid of images with their labels
 BAR_LENGTH = 160  # pixels of a bar of 100%
 GAP = 6  # pixels between pictures
@@ -43,26 +43,22 @@ ROW, COLUMN = 0, 1  # the axis along which `joined` places pictures
 JPEG_SIDE, JPEG_QUALITY = 65_500, 90  # the format allows no longer sides
 
 RUNNING_PART = 10  # the running mean of the loss spans 1 / RUNNING_PART of all values
-CHART_STYLE = {
-    "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.1, "text.parse_math": False,
-    "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.titlelocation": "left"}
-BARS, NAME = 40, 30  # a bar chart shows at most this many classes, and charts this many letters of a name
+CHART_STYLE = {"text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+               "axes.spines.right": False, "axes.titlelocation": "left", "figure.constrained_layout.h_pad": 0.1}
+CURVES, BAR, NAME = (13, 8.5), 0.2, 30  # inches of the curves, and at least of a class's bar; letters of a name shown
 CELL, MATRIX = 0.36, 2.5  # side of a confusion matrix's cell, and the least of the matrix, in inches
 
 ASCII = frozenset(map(chr, range(0x20, 0x7F)))
-LETTERS_SHOWN = 8  # a note on missing letters shows at most this many
+NOTED = 20  # a note on missing letters shows at most this many, with the spaces between
 
 
 def save(picture, path):
     """Writes a PIL image as .png or .jpg, completely or not at all. Creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind = "JPEG" if path.suffix == ".jpg" else "PNG"
-    factor = JPEG_SIDE / max(picture.size)
-    if kind == "JPEG" and factor < 1:
-        picture = picture.resize([max(1, int(length * factor)) for length in picture.size])
+    if path.suffix == ".jpg":
+        picture.thumbnail((JPEG_SIDE, JPEG_SIDE))  # a smaller one stays as it is
     with whole_file(path) as temporary:
-        picture.save(temporary, kind, quality=JPEG_QUALITY)  # PNG ignores the quality
+        picture.save(temporary, "JPEG" if path.suffix == ".jpg" else "PNG", quality=JPEG_QUALITY)  # PNG ignores this
 
 
 def class_picture(classes, colours):
@@ -76,17 +72,15 @@ def overlay(image, classes, names, colours):
     """The image with the class map blended over it, and a legend with each class's share of the pixels."""
     height, width = classes.shape
     font = font_for(names, width, height)
-    if classes.any():
-        below = legend([classes], names, colours, (width, height), font, shares=True)
-    else:
-        below = text_line("nothing found", font)
+    below = (legend([classes], names, colours, (width, height), font, shares=True) if classes.any()
+             else text_line("nothing found", font))
     canvas = Image.new("RGB", (max(width, below.width), height + below.height), WHITE)
     canvas.paste(below, (0, height))
     line, rows = max(1, font.size // OUTLINE_PART), math.ceil(STRIP_PIXELS / width)
     for top in range(0, height, rows):
         above = min(line, top)  # extra rows on both sides continue outlines across strips
         part = slice(top - above, top + rows + line)
-        strip = tinted(Image.fromarray(image[part]), classes[part], colours, line, top - above)
+        strip = tinted(Image.fromarray(image[part]), classes[part], colours, line)
         canvas.paste(strip.crop((0, above, width, above + min(rows, height - top))), (0, top))
     return canvas
 
@@ -96,89 +90,77 @@ def comparison(image, label, prediction, names, colours):
     wrong = (label != prediction)[label != IGNORE]
     share = percent(wrong.mean()) if wrong.size else "nothing is labelled"
     side = min(max(max(label.shape), PANEL_SIDES[0]), PANEL_SIDES[1])
-    font = font_for(names, side, side)
-    panels, _ = views(image, label, prediction, (side, side), colours, max(1, font.size // OUTLINE_PART))
-    captions = [*(text_line(text, font) for text in PANELS), text_line(f"errors: {share}", font, WRONG)]
-    width = max(part.width for part in (*panels, *captions))
-    body = joined([joined(parts, ROW, GAP, (width, 0)) for parts in (captions, panels)], COLUMN)
-    return joined([body, legend([label, prediction], names, colours, body.size, font)], COLUMN)
+    return grid([("", image, label, prediction)], (*PANELS, f"errors: {share}"), (side, side), names, colours)
 
 
 def sample_grid(samples, names, colours, title):
-    """Image, label, prediction and errors of samples [(name, image, label, prediction), ...]: an image of mode P."""
-    font = font_for(names, *SAMPLE_BOX)
-    parts = [views(*sample, SAMPLE_BOX, colours, max(1, font.size // OUTLINE_PART)) for _, *sample in samples]
-    captions = [*(text_line(text, font) for text in PANELS), text_line("errors", font, WRONG)]
-    width = max(part.width for part in (*captions, *(panel for panels, _ in parts for panel in panels)))
-    rows = [joined(captions, ROW, GAP, (width, 0))]
-    for (name, *_), (panels, _) in zip(samples, parts, strict=True):
-        row = joined(panels, ROW, GAP, (width, 0))
-        rows += [text_line(fitting(name, "", font, row.width - 2 * font.size), font), row]
-    body = joined(rows, COLUMN)
-    below = legend([classes for _, maps in parts for classes in maps], names, colours, body.size, font)
-    picture = joined([text_line(title, font.font_variant(size=TITLE)), body, below], COLUMN)
-    return few_colours(picture, (WRONG, WHITE, tuple(colours[IGNORE].tolist())))
+    """Samples [(name, image, label, prediction), ...] as comparisons, one a row; or [(name, image, label), ...] as
+    images with their labels, BLOCKS a row."""
+    blocks, captions = (1, (*PANELS, "errors")) if len(samples[0]) == 4 else (min(BLOCKS, len(samples)), PANELS[:2])
+    body = grid(samples, captions, SAMPLE_BOX, names, colours, blocks)
+    return joined([text_line(title, ImageFont.load_default(TITLE)), body], COLUMN)
+
+
+def grid(samples, captions, box, names, colours, blocks=1):
+    """Views of samples [(name, image, one or two class maps), ...], `blocks` a row, below captions; and a legend.
+
+    box: maximum (width, height) of a view
+    """
+    font = font_for([*names, *(name for name, *_ in samples)], *box)
+    heads = [text_line(text, font, WRONG if text.startswith("errors") else None) for text in captions]
+    parts = [views(image, maps, box, colours, max(1, font.size // OUTLINE_PART)) for _, image, *maps in samples]
+    width = max(view.width for part in (heads, *parts) for view in part)
+    cells = [joined(heads, ROW, GAP, (width, 0))] * blocks
+    for (name, *_), part in zip(samples, parts, strict=True):
+        row = joined(part, ROW, GAP, (width, 0))
+        above = [text_line(fitting(name, "", font, row.width - 2 * font.size), font)] if name else []
+        cells.append(joined([*above, row], COLUMN))
+    rows = [joined(cells[start:start + blocks], ROW, 4 * GAP) for start in range(0, len(cells), blocks)]
+    body, maps = joined(rows, COLUMN, GAP), [classes for _, _, *maps in samples for classes in maps]
+    return joined([body, legend(maps, names, colours, body.size, font)], COLUMN, GAP)
+
+
+def views(image, maps, box, colours, line):
+    """An image fitted into a box (width, height), and its class maps over it. If these are a label and a prediction,
+    also the errors. -> [PIL image, ...]"""
+    height, width = image.shape[:2]
+    factor = min(box[0] / width, box[1] / height)
+    size = [max(1, round(length * factor)) for length in (width, height)]
+    image = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+    maps = [np.asarray(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST)) for classes in maps]
+    shown = [image, *(tinted(image, classes, colours, line) for classes in maps)]
+    if len(maps) == 2:
+        label, prediction = maps
+        errors = image.convert("L").point(GREYS).convert("RGB")
+        errors.paste(tuple(colours[IGNORE].tolist()), mask=Image.fromarray(label == IGNORE))
+        errors.paste(WRONG, mask=Image.fromarray((label != prediction) & (label != IGNORE)))
+        shown.append(errors)
+    return shown
 
 
 def class_bars(shares, names, colours):
     """The classes' shares of the pixels in some lists. shares: {list: float [256], of each value of the labels}"""
-    font, table = font_for(names, *SAMPLE_BOX), np.stack(list(shares.values()))
-    present = [index for index in np.argsort(-table.sum(0)).tolist() if table[:, index].any()][:BARS]
-    entries = [text_line("not labelled" if index == IGNORE else names[index], font, tuple(colours[index].tolist()))
-               for index in present]
-    left, line = max(entry.width for entry in entries), 2 * font.size
-    picture = Image.new("RGB", (left + len(shares) * 2 * BAR_LENGTH, (1 + len(present)) * line), WHITE)
-    for column, (name, part) in enumerate(shares.items()):
-        at = left + column * 2 * BAR_LENGTH
-        picture.paste(text_line(f"{name}, share of the pixels", font), (at, 0))
-        for top, index, entry in zip(range(line, picture.height, line), present, entries, strict=True):
-            end = at + round(BAR_LENGTH * part[index])
-            picture.paste(entry, (0, top))
-            picture.paste(tuple(colours[index].tolist()), (at, top + line // 4, end, top + line * 3 // 4))
-            picture.paste(text_line(percent(part[index]), font), (end, top))
-    return picture
+    font, total = font_for(names, *SAMPLE_BOX), sum(shares.values())
+    present = [index for index in np.argsort(-total).tolist() if total[index]]
+    fills = [tuple(colours[index].tolist()) for index in present]
+    columns = [[text_line("", font), *(text_line("not labelled" if index == IGNORE else names[index], font, fill)
+                                       for index, fill in zip(present, fills, strict=True))]]
+    for name, part in shares.items():
+        columns.append([text_line(f"{name}, share of the pixels", font)])
+        for index, fill in zip(present, fills, strict=True):
+            bar = Image.new("RGB", (round(BAR_LENGTH * part[index]), font.size), fill)
+            columns[-1].append(joined([bar, text_line(percent(part[index]), font)], ROW, 0, (0, 2 * font.size)))
+    return joined([joined(column, COLUMN) for column in columns], ROW, GAP)
 
 
-def image_grid(samples, names, colours, title):
-    """Images with their labels over them, in a grid. samples: [(name, image, label), ...]"""
-    font, cells = font_for(names, *SAMPLE_BOX), []
-    for name, image, label in samples:
-        panels, _ = views(image, label, label, SAMPLE_BOX, colours, 1)
-        row = joined(panels[:2], ROW, GAP)
-        cells.append(joined([row, text_line(fitting(name, "", font, row.width - 2 * font.size), font)], COLUMN))
-    cell = np.max([part.size for part in cells], axis=0)
-    rows = [joined(cells[start:start + BLOCKS], ROW, 4 * GAP, cell) for start in range(0, len(cells), BLOCKS)]
-    body = joined([text_line(title, font.font_variant(size=TITLE)), *rows], COLUMN, GAP)
-    return joined([body, legend([label for _, _, label in samples], names, colours, body.size, font)], COLUMN)
-
-
-def views(image, label, prediction, box, colours, line):
-    """A sample fitted into a box (width, height): [image, label over it, prediction over it, errors], small maps."""
-    height, width = label.shape
-    factor = min(box[0] / width, box[1] / height)
-    size = [max(1, round(length * factor)) for length in (width, height)]
-    image = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
-    label, prediction = (np.asarray(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST))
-                         for classes in (label, prediction))
-    errors = image.convert("L").point(GREYS).convert("RGB")
-    errors.paste(tuple(colours[IGNORE].tolist()), mask=Image.fromarray(label == IGNORE))
-    errors.paste(WRONG, mask=Image.fromarray((label != prediction) & (label != IGNORE)))
-    overlays = [tinted(image, classes, colours, line) for classes in (label, prediction)]
-    return [image, *overlays, errors], (label, prediction)
-
-
-def tinted(image, classes, colours, line, top=0):
-    """A PIL image with class colours over it, hatched if they are greyish or pale, and outlines `line` pixels wide. The
-    image is a strip of a picture, from row `top`."""
+def tinted(image, classes, colours, line):
+    """A PIL image with class colours over it, striped if they are greyish or pale, and outlines `line` pixels wide."""
     picture, layer = image.copy(), class_picture(classes, colours).convert("RGB")
-    hatched = np.ptp(colours.astype(int), axis=1) < GREYISH
-    hatched[[0, IGNORE]] = False
-    if hatched[histogram(classes) > 0].any():
-        contrast = np.where(colours.mean(1, keepdims=True) < UNDER, WHITE, BLACK)
-        lines = np.where(hatched[:, None], contrast, colours).astype(np.uint8)
-        rows, columns = np.ogrid[top:top + image.height, :image.width]
-        mask = (rows + columns) // line % HATCH_STEP < HATCH_WIDTH
-        layer.paste(class_picture(classes, lines).convert("RGB"), mask=Image.fromarray(mask))
+    greyish = np.ptp(colours.astype(int), axis=1) < GREYISH
+    greyish[IGNORE] = False
+    striped = class_picture(classes, np.where(greyish[:, None], colours ^ 128, colours)).convert("RGB")
+    stripes = np.arange(image.width) // line % STRIPE_STEP < STRIPE_WIDTH
+    layer.paste(striped, mask=Image.fromarray(np.broadcast_to(stripes, classes.shape)))
     picture.paste(layer, mask=Image.fromarray(classes).point(OPACITIES))
     picture.paste(WHITE, mask=Image.fromarray(outlines(classes, line)))
     return picture
@@ -201,48 +183,31 @@ def outlines(classes, line):
     return found & (classes != 0) & (classes != IGNORE)
 
 
-def few_colours(picture, kept):
-    """An RGB image reduced to mode P. The colours `kept` stay exact, and no other colour becomes one of them."""
-    part = picture.resize([math.ceil(side / SAMPLE_STEP) for side in picture.size], Image.Resampling.NEAREST)
-    chosen = part.quantize(SAMPLE_COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=1)
-    reduced = picture.quantize(palette=chosen, dither=Image.Dither.NONE)
-    palette = np.resize(np.array(reduced.getpalette(), np.uint8), (256, 3))  # repeats it up to 256
-    pixels, indices = np.asarray(picture), np.array(reduced)
-    for index, colour in enumerate(kept, SAMPLE_COLOURS):
-        palette[(palette == colour).all(-1), 2] ^= 1
-        palette[index] = colour
-        indices[(pixels == colour).all(-1)] = index
-    return class_picture(indices, palette)
-
-
 def percent(share):
     return f"{100 * share:.1f}%" if share == 0 or share >= 0.0005 else "<0.1%"
 
 
 def legend(maps, names, colours, size, font, shares=False):
-    """The classes in some maps, below a picture of `size` (width, height). It is no wider, and those that would make it
-    too high are counted. Class 0 takes no row of its own. `shares` adds the classes' shares and sorts by them."""
+    """The classes in some maps, the most frequent first, below a picture of `size` (width, height). It is no wider, and
+    those that would make it too high are counted. Class 0 takes no row of its own. `shares` adds those of the pixels"""
     counts = sum(map(histogram, maps))
     width, rows = max(size[0], LEGEND_WIDTH * font.size), [[]]
     ground = Image.new("RGB", (font.size, font.size), (UNDER, UNDER, UNDER))
-    for index in sorted(np.flatnonzero(counts), key=lambda i: (i == 0, i == IGNORE, -counts[i] * shares)):
+    for index in sorted(np.flatnonzero(counts).tolist(), key=lambda i: (i == 0, i == IGNORE, -counts[i])):
         name = "not labelled" if index == IGNORE else names[index] if index else f"no colour: {names[0]}"
         share = f" {percent(counts[index] / counts.sum())}" if shares else ""
         square = np.full(ground.size, index, np.uint8)
         square = tinted(ground, square, colours, max(1, font.size // OUTLINE_PART)) if index else None
         entry = text_line(fitting(name, share, font, width - 3 * font.size), font, square)
         if rows[-1] and sum(item.width for item in (*rows[-1], entry)) > width:
-            if index == 0:
-                break
             rows.append([])
         rows[-1].append(entry)
+    if counts[0] and len(rows[-1]) == 1 < len(rows):
+        rows.pop()
     margin = font.size // 4  # of a line of text, too much for a legend
-    most = max(1, size[1] // (LEGEND_PART - 1) // (2 * (font.size - margin)))
-    hidden, rows = sum(map(len, rows[most:])), rows[:most]
-    while hidden and sum(item.width for item in (*rows[-1], text_line(f"and {hidden} more", font))) > width:
-        rows[-1].pop()
-        hidden += 1
-    rows[-1] += [text_line(f"and {hidden} more", font)] if hidden else []
+    most = max(LEGEND_ROWS, size[1] // (LEGEND_PART - 1) // (2 * (font.size - margin)))
+    if len(rows) > most:
+        rows[most - 1:] = [[text_line(f"and {sum(map(len, rows[most - 1:]))} more", font)]]
     return joined([ImageOps.crop(joined(row, ROW), (0, margin)) for row in rows], COLUMN)
 
 
@@ -310,21 +275,53 @@ def draw_curves(metrics, names):
     """Loss, learning rate and mIoU, and after an evaluation the IoU per class. metrics: metrics.jsonl as dicts."""
     tables = [line for line in metrics if any(iou is not None for iou in line.get("IoU", {}).values())]
     with chart_style(names) as figure_of:
-        figure = figure_of(figsize=(13, 8.5), dpi=100, layout="constrained")
+        figure = figure_of(figsize=(CURVES[0], max(CURVES[1], BAR * len(names))), layout="constrained")
         panels = figure.subplot_mosaic("LC;MC;RC" if tables else "L;M;R", height_ratios=(3, 3, 2))
-        draw_losses(panels["L"], metrics)
+        iterations, losses = draw_line(panels["L"], metrics, "loss", "training loss", "tab:blue", alpha=0.4).T
+        window = len(losses) // RUNNING_PART
+        if window > 1:
+            mean = np.convolve(losses, np.full(window, 1 / window), "valid")
+            panels["L"].plot(iterations[window - 1:], mean, color="tab:blue", linewidth=2)
+            panels["L"].set_title(f"training loss, and its mean over {window} values")
         scores = draw_line(panels["M"], metrics, "mIoU", "validation mIoU, %", "tab:green")
         if len(scores):
             iteration, best = scores[scores[:, 1].argmax()]
-            panels["M"].set_title(f"validation mIoU, %: best {best:.2f} at iteration {iteration:,.0f}")
-            panels["M"].axhline(best, color="grey", linewidth=0.8, linestyle="--")
             panels["M"].plot(iteration, best, "*", color="tab:green", markersize=13, markeredgecolor="white")
+            panels["M"].set_title(f"validation mIoU, %: best {best:.2f} at iteration {iteration:,.0f}")
         draw_line(panels["R"], metrics, "lr", "learning rate", "tab:purple")
         panels["R"].set_xlabel("iteration")
         if tables:
-            draw_bars(panels["C"], tables, names)
+            draw_bars(panels["C"], tables[-1], names)
         figure.savefig(file := io.BytesIO())
     return Image.open(file).convert("RGB")
+
+
+def draw_line(axes, metrics, key, title, colour, **style):
+    """Draws the finite values of `key` on an axis that includes 0. Returns (iteration, value): float [N, 2]."""
+    found = [(line["iter"], line[key]) for line in metrics if line.get(key) is not None and math.isfinite(line[key])]
+    points = np.array(found, float).reshape(-1, 2)
+    axes.plot(*points.T, color=colour, marker="o" if len(found) <= 50 else "", markersize=4, **style)
+    axes.set(title=title, xlim=(0, 1.02 * max([1, *(line["iter"] for line in metrics)])),
+             ylim=(0, 1.08 * max(points[:, 1], default=0) or 1))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return points
+
+
+def draw_bars(axes, scores, names):
+    """Draws bars of each class's IoU in an evaluation, and a line at its mIoU. Classes that neither labels nor
+    predictions have are counted."""
+    values, accuracy = scores["IoU"], scores.get("Acc", {})
+    shown = sorted((name for name in names if values.get(name) is not None), key=values.get)
+    texts = [f"{values[name]:.1f}" if accuracy.get(name, 0) is not None else "not in labels" for name in shown]
+    axes.barh(range(len(shown)), [values[name] for name in shown], color="tab:green", alpha=0.6)
+    axes.axvline(scores["mIoU"], color="grey", linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(shown)), [f"{name[:NAME]}  {text}" for name, text in zip(shown, texts, strict=True)])
+    axes.grid(False, axis="y")
+    left_out = f"{len(names) - len(shown)} of {len(names)} classes: neither in labels nor in predictions"
+    axes.set(title=f"IoU per class at iteration {scores['iter']:,}, %; dashed: mIoU {scores['mIoU']:.2f}",
+             xlabel=left_out if len(shown) < len(names) else "", xlim=(0, 100),
+             ylim=(min(0, len(shown) - 8) - 0.6, len(shown) - 0.4))  # few bars stay slim
 
 
 def draw_confusion(confusion, names):
@@ -351,72 +348,12 @@ def draw_confusion(confusion, names):
     return Image.open(file).convert("RGB")
 
 
-def draw_line(axes, metrics, key, title, colour, **style):
-    """Draws the finite values of `key` on an axis that includes 0. Returns (iteration, value): float [N, 2]."""
-    found = [(line["iter"], line[key]) for line in metrics if line.get(key) is not None and math.isfinite(line[key])]
-    points = np.array(found, float).reshape(-1, 2)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(title=title, xlim=(0, 1.02 * max([1, *(line["iter"] for line in metrics)])))
-    if found:
-        axes.plot(*points.T, color=colour, marker="o" if len(found) <= 50 else "", markersize=4, **style)
-        axes.set_ylim(0, 1.08 * points[:, 1].max() or 1)
-    else:
-        axes.text(0.5, 0.5, "none yet", transform=axes.transAxes, ha="center", va="center", color="grey")
-        axes.set_yticks([])
-    return points
-
-
-def draw_losses(axes, metrics):
-    """Draws the losses and their running mean, on a logarithmic scale if they vary enough and are positive."""
-    window = max(1, sum(line.get("loss") is not None for line in metrics) // RUNNING_PART)
-    title = "training loss" + (f", and its mean over {window} values" if window > 1 else "")
-    iterations, losses = draw_line(axes, metrics, "loss", title, "tab:blue", alpha=0.3 if window > 1 else 1).T
-    if window > 1:
-        sums = np.cumsum([0, *losses])
-        axes.plot(iterations[window - 1:], (sums[window:] - sums[:-window]) / window, color="tab:blue", linewidth=2)
-    if losses.size and losses.max() > 5 * losses.min() > 0:  # enough for two ticks of 1, 2, 5, 10, ...
-        axes.set_yscale("log", subs=(2, 5))
-        axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-        axes.set_ylim(losses.min() / 1.1, losses.max() * 1.1)
-
-
-def draw_bars(axes, tables, names):
-    """Draws bars of each class's IoU in the last evaluation, a line at its mIoU, and marks of the IoU in the evaluation
-    with the best mIoU. Classes that neither labels nor predictions have are counted."""
-    last, best = tables[-1], max(tables, key=lambda line: line.get("mIoU") or 0)
-    values, marks, accuracy = last["IoU"], best["IoU"], last.get("Acc", {})
-    shown = sorted((name for name in names if values.get(name) is not None), key=values.get)
-    below = [f"| at the best mIoU, iteration {best['iter']:,}"] if best is not last else []
-    if len(shown) < len(names):
-        below.append(f"{len(names) - len(shown)} of {len(names)} classes: neither in labels nor in predictions")
-    title = f"IoU per class at iteration {last['iter']:,}, %"
-    if len(shown) > BARS:
-        title += f" ({BARS // 2} best and worst)"
-        shown = [*shown[:BARS // 2], None, *shown[-BARS // 2:]]
-    axes.barh(range(len(shown)), [values.get(name) or 0 for name in shown], color="tab:green", alpha=0.6)
-    if best is not last:
-        axes.plot([marks.get(name) for name in shown], range(len(shown)), "k|", markersize=9)
-    for row, name in enumerate(shown):
-        text = "" if name is None else f"{values[name]:.1f}" if accuracy.get(name, 0) is not None else "not in labels"
-        axes.text(101, row, text, va="center", fontsize="small", color="dimgrey")
-    if last.get("mIoU") is not None:
-        axes.axvline(last["mIoU"], color="grey", linewidth=0.8, linestyle="--", label=f"mIoU {last['mIoU']:.2f}")
-        axes.legend(loc="lower right")
-    axes.set_yticks(range(len(shown)), ["..." if name is None else name[:NAME] for name in shown], fontsize="small")
-    axes.grid(False, axis="y")
-    axes.set(title=title, xlabel="\n".join(below), xlim=(0, 100),
-             ylim=(min(0, len(shown) - 8) - 0.6, len(shown) - 0.4))  # few bars stay slim
-
-
 def missing_font(names):
     """One line that lists the letters of class names that pictures cannot show and names packages, or None."""
-    _, missing = font_file(names)
-    if not missing:
-        return None
-    shown = " ".join(sorted(missing)[:LETTERS_SHOWN]) + (" ..." if len(missing) > LETTERS_SHOWN else "")
-    return (f"no installed font has all letters of the class names, so pictures show boxes for {shown}; on Debian or "
-            "Ubuntu: apt-get install fonts-noto-cjk (Chinese, Japanese, Korean) or fonts-noto (other scripts)")
+    missing = textwrap.shorten(" ".join(sorted(font_file(names)[1])), NOTED, placeholder=" ...")
+    return (f"no installed font has all letters of the class names, so pictures show boxes for {missing}; on Debian or "
+            "Ubuntu: apt-get install fonts-noto-cjk (Chinese, Japanese, Korean) or fonts-noto (other scripts)"
+            if missing else None)
 
 
 def font_for(names, width, height):
@@ -427,12 +364,11 @@ def font_for(names, width, height):
 
 
 def font_file(names):
-    """The font for class names: (path, or None for Pillow's own if all are ASCII; the set of letters it lacks)."""
-    letters = {letter for name in names if not name.isascii() for letter in name if letter.isprintable()}
+    """The font for class names: (path, or None for Pillow's own if all are ASCII; the other letters that it lacks)."""
+    letters = {letter for letter in "".join(names) if not letter.isascii() and letter.isprintable()}
     if not letters:
         return None, letters
-    other = letters - ASCII
-    path = max(installed_fonts(), key=lambda path: (len(other & charmap(path)), len(ASCII & charmap(path))))
+    path = max(installed_fonts(), key=lambda path: (len(letters & charmap(path)), len(ASCII & charmap(path))))
     return path, letters - charmap(path)
 
 

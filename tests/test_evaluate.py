@@ -152,6 +152,8 @@ def test_padding_is_cropped_from_the_logits_before_they_are_enlarged(backbone):
 def test_windows_cover_the_image_and_their_logits_are_averaged():
     """A network that answers with its input: whatever the windows, the average is the input again."""
     class Echo(torch.nn.Module):
+        num_classes = 3
+
         def forward(self, x):
             seen.append(tuple(x.shape[-2:]))
             return {"out": x}

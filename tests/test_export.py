@@ -2,6 +2,7 @@
 import re
 import shutil
 import sys
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -116,6 +117,10 @@ def test_an_export_says_what_is_missing_and_leaves_nothing(tmp_path, monkeypatch
     assert "takes a value, not ''" in error_line(EXPORT, checkpoint, "", status=2)
     assert "at least 1 and at most 16384, not '0'" in error_line(
         EXPORT, checkpoint, tmp_path / "net.onnx", "--size", 0, 8, status=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", mock.Mock(side_effect=MemoryError))
+        assert "memory ran out (MemoryError); take a smaller --size" in error_line(
+            EXPORT, checkpoint, tmp_path / "net.onnx", "--size", 16384, 16384)
     for package in ("onnx", "tensorboard"):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     assert "pip install onnx" in error_line(EXPORT, checkpoint, tmp_path / "net.onnx")

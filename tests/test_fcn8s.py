@@ -5,7 +5,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from fcn8s import BACKBONES, FCN8s, ResNet, SkipHead, bilinear_upsampling
+from cli import UserError
+from fcn8s import BACKBONES, Backbone, FCN8s, ResNet, SkipHead, bilinear_upsampling
 from transforms import prepare
 
 
@@ -39,6 +40,14 @@ def test_parameters_and_names_are_the_references(models):
     assert {"backbone.stem.0.weight", "backbone.stem.7.running_var", "backbone.layer1.0.downsample.1.weight",
             "backbone.layer4.2.bn3.bias", "decode_head.convs.1.conv.weight", "decode_head.conv_cat.bn.weight",
             "decode_head.conv_seg.bias", "auxiliary_head.convs.0.conv.weight"} <= names
+
+
+@pytest.mark.parametrize("strides", ((4, 8, 16), (8, 16, 16), (16, 16, 16)))
+def test_strides_without_a_head_are_refused(monkeypatch, strides):
+    network = type("Network", (nn.Module,), {"channels": (8, 8, 16), "strides": strides})
+    monkeypatch.setitem(BACKBONES, "odd", Backbone(network))
+    with pytest.raises(UserError, match="odd: has strides .*; the heads take 8, 16, 32 or 8, 8, 8"):
+        FCN8s(5, "odd")
 
 
 def test_dilated_stages_and_their_strides(models):

@@ -168,7 +168,7 @@ def outputs(checkpoint, photographs, data, folder):
 
 
 def test_a_pipe_is_written_to_and_a_link_is_followed(checkpoint, photographs, drawn_voc, tmp_path):
-    """A named pipe without a reader is an error. None of them is replaced."""
+    """A named pipe without a reader is an error. None of them is replaced. What a kill left is removed."""
     pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "elsewhere/target"
     os.mkfifo(pipe)
     target.parent.mkdir()
@@ -182,8 +182,9 @@ def test_a_pipe_is_written_to_and_a_link_is_followed(checkpoint, photographs, dr
             assert is_right(reader.read()) and pipe.is_fifo()
         for content in (None, b"old"):
             target.unlink(missing_ok=True) if content is None else target.write_bytes(content)
+            (target.parent / ".0123456789abcdef.tmp").write_bytes(b"of a process that was killed")
             run(*command, link)
-            assert is_right(target.read_bytes()) and link.is_symlink()
+            assert is_right(target.read_bytes()) and link.is_symlink() and list(target.parent.iterdir()) == [target]
 
 
 def test_standard_output_may_be_the_file(checkpoint, photographs, drawn_voc, tmp_path):

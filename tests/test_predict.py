@@ -8,7 +8,6 @@ import pytest
 from conftest import ROOT, error_line, run, untrained_checkpoint
 from PIL import Image
 
-import predict as command
 from cli import UserError
 from inference import Predictor
 from voc import CLASSES, read_image
@@ -130,6 +129,20 @@ def test_unknown_formats_are_listed_and_heic_gets_a_hint(checkpoint, trip, tmp_p
     assert output.count("for HEIC: pip install pillow-heif") == 1 and "4 photographs labelled" in output
 
 
+def test_an_error_line_names_the_file_and_the_reason(checkpoint, trip, tmp_path):
+    """A link that leads nowhere is in no list; the system's errors have no number."""
+    (trip / "lost.jpg").symlink_to(tmp_path / "absent.jpg")
+    out = tmp_path / "out"
+    (out / "day 1/b.png").mkdir(parents=True)
+    (out / "day 2").write_text("a file where a folder would go")
+    done = predict(checkpoint, trip, "--save_dir", out, status=1)
+    assert sorted(done.stderr.splitlines()) == [
+        f"predict.py: error: {out}/day 1/b.png: Is a directory",
+        f"predict.py: error: {out}/day 2/deep: Not a directory",
+        f"predict.py: error: {trip}/lost.jpg: there is no such photograph, or it is a link that leads nowhere"]
+    assert "2 photographs labelled" in done.stdout
+
+
 def test_what_cannot_be_labelled_is_an_error_line_and_the_others_are_done(checkpoint, trip, tmp_path):
     """Damage in a folder, a text file that is named, and a pipe, on which reading would wait for ever."""
     (trip / "day 1/b.webp").write_bytes(b"garbage")
@@ -155,7 +168,8 @@ def test_heic_alone_and_files_that_pillow_cannot_read_are_told_with_the_remedy(c
     assert "holds no photographs that Pillow reads; skipped" in line and "pip install pillow-heif" in line
     Image.fromarray(photograph(20, 30)).save(folder / "a.png")
     done = run(PREDICT, checkpoint, folder, "--save_dir", tmp_path / "out", "--device", "cpu")
-    assert "1 photograph labelled" in done.stdout and done.stdout.count("skipped, Pillow does not know") == 3
+    assert "\n1 photograph, " in done.stdout and "1 photograph labelled" in done.stdout
+    assert done.stdout.count("skipped, Pillow does not know") == 3
 
 
 def test_an_array_of_another_form_is_one_line(checkpoint):
@@ -208,8 +222,7 @@ def test_no_photograph_is_ever_overwritten(checkpoint, trip, tmp_path):
 
 def test_a_photograph_is_decoded_once(checkpoint, trip, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(command, "read_image", lambda path: (read.append(path), read_image(path))[1])
-    monkeypatch.setattr("inference.read_image", None)
+    monkeypatch.setattr("inference.read_image", lambda path: (read.append(path), read_image(path))[1])
     predict(checkpoint, trip, "--save_dir", tmp_path / "out", "--overlay", "--csv", tmp_path / "shares.csv")
     assert sorted(read) == sorted(path for path in trip.rglob("*") if path.is_file()) and len(read) == 4
 
