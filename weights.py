@@ -33,7 +33,7 @@ OLDER_FORMAT = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # begins
 COUNT, FLOAT = range(2 ** 63), int | float
 META = {"backbone": str, "num_classes": int, "classes": [str], "palette": [(range(256),) * 3], "scale": (int, int),
         "form": str, "lists": {"train": [str], "val": [str]}, "images": {"train": [str], "val": [str]},
-        "args": {"pad_to": int | None}}
+        "args": dict}
 RUN = {"meta": {"args": dict, "ranks": int, "digests": {"train": str, "val": str}}, "precision": dict,
        "optimizer": {"state": dict},
        "progress": {"iteration": COUNT, "evaluated": COUNT, "samples": COUNT, "best": FLOAT, "best_iteration": COUNT,
@@ -189,7 +189,7 @@ def classes_of(state):
 def is_whole(our_meta, training, state):
     """False if somebody edited a file of train.py into one that train.py does not write."""
     meta = {key: our_meta[key] for key in META if key in our_meta}
-    if not all(fits(meta[key], META[key]) for key in meta):
+    if not all(fits(meta[key], META[key]) for key in meta) or not fits(meta.get("args", {}).get("pad_to"), int | None):
         return False
     counts = {classes_of(state), *(len(meta[key]) for key in ("classes", "palette") if key in meta)} - {None}
     lists = {tuple(len(meta[key][name]) for name in ("train", "val")) for key in ("lists", "images") if key in meta}
