@@ -1,4 +1,4 @@
-"""Command-line helpers: parser, argument types, error messages, exit.
+"""Command-line helpers: parser, argument types, error messages, signals, exit.
 
 Every command imports this module first, before PyTorch. The body below prepares the process for that import.
 """
@@ -23,7 +23,10 @@ COMMANDS = ("train.py", "evaluate.py", "predict.py", "export.py", "convert_voc_a
 PROG = Path(sys.argv[0]).name
 REQUIREMENTS = ("numpy", "PIL", "scipy", "tqdm", "matplotlib", "torch")  # modules of requirements.txt
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the last: Slurm's usual warning
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # a variable that torchrun sets in the ranks, and nothing else does
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that this process gets when its parent ends
+SAVING_TIME = 300  # seconds that a run has to save after a signal, before it is killed; torchrun's own are 30
+STOP_INTERVAL = 10  # iterations between two checks of the other ranks' signals on an accelerator
 PATIENCE = 1  # seconds that a process which is to stop waits for the reader of its output
 LARGEST = 2 ** 31  # limit of integer flags without another one
 MAX_SIDE, MAX_BATCH = 2 ** 14, 2 ** 14  # pixels, images: beyond any memory
@@ -49,7 +52,7 @@ if PROG in COMMANDS:  # not where somebody imports a module of ours, say in a no
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may swallow KeyboardInterrupt; `run` handles it
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun: if the launcher is killed, it saves and ends
+    if TORCHRUN in os.environ:  # a rank of torchrun: if the launcher is killed, it saves and ends
         end_with_parent(signal.SIGTERM, PARENT)
         file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if file and any(Path(file).parents[2].glob("*/refused")):
@@ -181,22 +184,96 @@ def usable_cores(listed=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")):
 
 
 @contextlib.contextmanager
-def held_signals():
-    """Holds the stop signals back for the block. A worker forked in it records them before `start_worker` ignores them.
+def stops_handled_by(handler):
+    """Handles the stop signals in the block, unless they are ignored, as SIGHUP by nohup.
 
     No signal mask: that is of one thread, and Python runs its handlers in the main thread, whichever gets the signal.
     """
-    held, before = [], {}
-    for stop in STOP_SIGNALS:
-        if signal.getsignal(stop) is not signal.SIG_IGN:
-            before[stop] = signal.signal(stop, lambda number, frame: held.append(number))
+    handled = [stop for stop in STOP_SIGNALS if signal.getsignal(stop) is not signal.SIG_IGN]
+    before = {stop: signal.signal(stop, handler) for stop in handled}
     try:
         yield
     finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
+        for stop in before:
+            signal.signal(stop, before[stop])
+
+
+@contextlib.contextmanager
+def held_signals():
+    """Holds the stop signals back for the block. A worker forked in it records them before `start_worker` ignores them.
+    """
+    held = []
+    try:
+        with stops_handled_by(lambda number, frame: held.append(number)):
+            yield
+    finally:
         for number in held:
             signal.raise_signal(number)
+
+
+class Stop(contextlib.ExitStack):
+    """The stop signals in a training of one or several ranks. A context, which restores what handled them before.
+
+    At first, and during an evaluation, a signal ends the process at once: everything is saved. While `deferred`,
+    `agreed` tells all ranks to stop after the same iteration.
+    ranks: a device.Ranks
+    """
+
+    def __init__(self, ranks):
+        super().__init__()
+        self.ranks, self.number, self.deferred, self.trains = ranks, 0, False, False
+        self.enter_context(stops_handled_by(self.record))
+        self.callback(signal.alarm, 0)
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, UserError):
+            error.late = self.trains
+        return super().__exit__(kind, error, trace)
+
+    def record(self, number, frame):
+        """The signal handler. A second Ctrl-C ends the process at once; Slurm sends SIGTERM twice."""
+        Output.stopping = True
+        if not self.deferred or number == signal.SIGINT == self.number:
+            for stop in STOP_SIGNALS:
+                signal.signal(stop, signal.SIG_IGN)  # one is enough
+            sys.exit(self.status(number))
+        self.number = number
+        signal.alarm(SAVING_TIME)  # ends a run that cannot stop, say because a dead file server blocks the loader
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """A context for an evaluation, before which all is saved: a signal ends the process at once."""
+        self.deferred = False
+        if self.number:
+            sys.exit(self.status(self.number))
+        yield
+        self.deferred = True
+
+    def agreed(self, iteration):
+        """The signal on which the run stops after this iteration, else 0; the same in every rank."""
+        self.trains = True
+        if self.ranks.count > 1 and self.ranks.device.type != "cpu" and iteration % STOP_INTERVAL:
+            return 0  # asking waits for the device
+        return self.ranks.largest(self.number)
+
+    def leave(self, number):
+        """Ends all ranks together, once rank 0 has saved. -> the exit status"""
+        status = self.status(number) if self.ranks.local_rank == 0 else 128 + number
+        self.ranks.largest(0)  # a barrier
+        return status
+
+    def status(self, number):
+        """The exit status after a signal. Passes it to torchrun first, which then does not restart the ranks.
+
+        If a rank has died, the signal is torchrun's, to the peers of a failed rank, and it may restart them.
+        """
+        if TORCHRUN in os.environ:
+            if not all(os.path.exists(f"/proc/{pid}") for pid in self.ranks.pids):
+                return 1
+            # Once a machine: torchrun, which may have it from the user already, leaves its ranks alone at the third.
+            if os.getppid() == PARENT and first_to("stopped"):
+                os.kill(PARENT, number)
+        return 128 + number
 
 
 def start_worker(*_):

@@ -15,7 +15,7 @@ import signal
 import time
 import warnings
 
-from cli import MAX_BATCH, MAX_SIDE, Parser, UserError, class_weights, number, run  # isort: skip, see cli
+from cli import MAX_BATCH, MAX_SIDE, Parser, Stop, UserError, class_weights, number, run  # isort: skip, see cli
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,15 +35,7 @@ from amp import (
     place,
 )
 from data import first_samples, open_checked, train_batches, val_batches
-from device import (
-    Stop,
-    add_device_flags,
-    check_device_flags,
-    join_ranks,
-    launch,
-    must_launch,
-    readable_errors,
-)
+from device import add_device_flags, check_device_flags, join_ranks, launch, must_launch, readable_errors
 from fcn8s import BACKBONES, DEFAULT_BACKBONE, FCN8s
 from inference import Protocol, check_scales, draw, draw_data, evaluate
 from metrics import WARM_UP_ITERS, Speed, peak_memory, scores_of

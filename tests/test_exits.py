@@ -94,13 +94,13 @@ def pending(pid):
 
 
 def test_a_stop_that_takes_too_long_is_ended_by_an_alarm():
-    with device.Stop(device.Ranks(torch.device("cpu"))) as stop:
+    with cli.Stop(device.Ranks(torch.device("cpu"))) as stop:
         stop.deferred = True
         assert stop.agreed(1) == 0
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # Slurm sends it to the ranks and to their launcher
         assert stop.agreed(2) == signal.SIGTERM
-        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= device.SAVING_TIME
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= cli.SAVING_TIME
         with pytest.raises(SystemExit) as ended, stop.at_once():
             pytest.fail("a stop that was asked for before must end the run at once")
         assert ended.value.code == 128 + signal.SIGTERM
@@ -134,7 +134,7 @@ def test_a_hangup_or_slurms_warning_is_a_stop_unless_it_is_ignored(ignored, numb
     """As nohup ignores the first."""
     before = signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     ended = []
-    with device.Stop(device.Ranks(torch.device("cpu"))):
+    with cli.Stop(device.Ranks(torch.device("cpu"))):
         try:
             signal.raise_signal(number)
         except SystemExit as ending:

@@ -130,7 +130,7 @@ def test_the_smallest_of_affinity_and_cpu_quotas_counts(listed, files, cores, tm
 def test_a_process_takes_no_more_threads_than_its_share_of_the_cores(monkeypatch):
     """Unless OMP_NUM_THREADS says how many; never more than before."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(device, "usable_cores", lambda: 4)
+    monkeypatch.setattr(cli, "usable_cores", lambda: 4)
     try:
         torch.set_num_threads(8)
         device.choose_device("cpu")
@@ -251,7 +251,7 @@ def test_the_commands_of_the_page_for_pods_launch_what_they_say(words, variables
         service, job = yaml.safe_load_all(script)
         pod = job["spec"]["template"]["spec"]
         container = pod["containers"][0]
-        assert pod["terminationGracePeriodSeconds"] > device.SAVING_TIME
+        assert pod["terminationGracePeriodSeconds"] > cli.SAVING_TIME
         assert pod["subdomain"] == service["metadata"]["name"] == job["metadata"]["name"]
         assert {"name": "shm", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
         mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
