@@ -267,13 +267,11 @@ def launch(args, script):
             return 128 + stopped.sigval
         except ChildFailedError as error:
             return status_of(error.failures)
-        except RuntimeError as error:
-            if "EADDRINUSE" in str(error):
-                raise cli.UserError(f"port {port} is in use on this machine; name another by --master_port") from None
-            if isinstance(error, dist.DistError):  # a machine that does not answer or does not come
-                raise cli.UserError(f"could not meet the other machines at {address}:{port} within {args.timeout} s, "
-                                    f"the --timeout ({cli.first_line(error)})") from None
-            raise
+        except dist.DistError as error:  # a port in use, a machine that does not answer or does not come
+            in_use = f"port {port} is in use on this machine; name another by --master_port"
+            alone = (f"could not meet the other machines at {address}:{port} within {args.timeout} s, the --timeout "
+                     f"({cli.first_line(error)})")
+            raise cli.UserError(in_use if "EADDRINUSE" in str(error) else alone) from None
     return 0
 
 

@@ -292,8 +292,7 @@ def main(args):
         if args.sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # the keys of the state dict stay the same
         model = place(model, device)
-        optimizer = fused_sgd([p for p in model.parameters() if p.requires_grad], device, precision, args.lr,
-                              args.momentum, args.weight_decay)
+        optimizer = fused_sgd(model.parameters(), device, precision, args.lr, args.momentum, args.weight_decay)
         model, optimizer = precision.wrap(model, optimizer)
         bn_guard = BatchNormGuard(model)
         network = WithLosses(model, args.class_weights and torch.tensor(args.class_weights, device=device))
@@ -403,17 +402,15 @@ def main(args):
             if (due(NAN_INTERVAL) or due(args.log_interval)) and longest_nan_run >= MAX_NAN_STEPS:
                 fail(f"the loss was NaN or Inf for {int(longest_nan_run)} steps in a row,")
             stopped = stop.agreed(progress.iteration)
-            pauses = stopped or due(args.checkpoint_interval) or due(args.eval_interval)
-            if pauses:
+            if stopped or due(args.checkpoint_interval) or due(args.eval_interval):
                 save()
-            if stopped:
-                work_dir.log(f"stopped by {signal.Signals(stopped).name} at iteration {progress.iteration}"
-                             + (", which is saved; resume with --resume auto" if saved == progress.iteration else
-                                f"; last checkpoint: {'none' if saved is None else f'iteration {saved}'}"))
-                return stop.leave(stopped)
-            if due(args.eval_interval):
-                evaluate_now()
-            if pauses:
+                if stopped:
+                    work_dir.log(f"stopped by {signal.Signals(stopped).name} at iteration {progress.iteration}"
+                                 + (", which is saved; resume with --resume auto" if saved == progress.iteration else
+                                    f"; last checkpoint: {'none' if saved is None else f'iteration {saved}'}"))
+                    return stop.leave(stopped)
+                if due(args.eval_interval):
+                    evaluate_now()
                 speed.start()
         progress.seconds = time.perf_counter() - began
         if work_dir.writes:
