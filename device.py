@@ -103,7 +103,7 @@ def started(args):
     """
     values = {name: os.environ.get(name, "") for name in VARIABLES}
     wrong = [name for name, value in values.items() if not (value.isdecimal() or name == "MASTER_ADDR" and value)]
-    if cli.TORCHRUN in os.environ:
+    if cli.TORCHRUN in os.environ and not wrong:
         return "torchrun", ""
     if args.nnodes:
         return "alone", ""
@@ -141,8 +141,8 @@ def choose_device(name="auto", device_id=None, local_rank=None):
         device_id = 0 if name == "cpu" else local_rank or 0
     count = getattr(torch, name).device_count()
     if device_id >= count:
-        raise cli.UserError(f"there is no {name} device {device_id}; there are {count}, counted from 0; change "
-                            "--device_id (on an NPU ASCEND_DEVICE_ID) or the number of processes")
+        raise cli.UserError(f"there is no {name} device {device_id}; there are {count}{HIDES.get(name, '')}, counted "
+                            "from 0; change --device_id (on an NPU ASCEND_DEVICE_ID) or the number of processes")
     limit_threads()
     if name == "cpu":
         return torch.device("cpu")
@@ -250,6 +250,7 @@ def launch(args, script):
     os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join([*stops, "SIGQUIT"])
     logging.disable(logging.CRITICAL)  # torchrun's report; the ranks say what is wrong
     if args.local_addr:
+        check_local_address(args.local_addr)
         os.environ.setdefault("HCCL_IF_IP", args.local_addr)
     own = [f"--{flag}={getattr(args, flag)}" for flag in LAUNCH_FLAGS if getattr(args, flag) is not None]
     if not (args.master_addr or args.master_port):
@@ -273,6 +274,15 @@ def launch(args, script):
                      f"({cli.first_line(error)})")
             raise cli.UserError(in_use if "EADDRINUSE" in str(error) else alone) from None
     return 0
+
+
+def check_local_address(address):
+    """Raises UserError if the --local_addr is not this machine's: its ranks would wait for each other in silence."""
+    try:
+        family, *_, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        socket.create_server(where[:2], family=family).close()
+    except (OSError, UnicodeError) as error:  # the second: of a name that no host can have
+        raise cli.UserError(f"--local_addr {address}: is no address of this machine ({error})") from None
 
 
 def status_of(failures):
@@ -358,11 +368,12 @@ def join_ranks(args):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
                                  next(dist.rendezvous("env://", timeout=limit))[0])
         dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=count, timeout=limit)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the second: of a port beyond 65535
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConnectionError(None, f"rank {rank} could not meet the other processes at {where} within {args.timeout} "
                                     f"s ({cli.first_line(error)})") from None
-    signal.signal(signal.SIGINT, interrupt)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     mine = os.getpid(), socket.gethostname(), os.sched_getaffinity(0)  # srun may give each task cores of its own
     ranks = [None] * count
     dist.all_gather_object(ranks, mine)

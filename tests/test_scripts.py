@@ -10,7 +10,7 @@ from conftest import ROOT
 @pytest.fixture
 def command(tmp_path):
     """Runs a script where the stand-in is the Python and `cuda` tells what PyTorch sees. -> the arguments it got"""
-    def start(script, *arguments, npu=False, cuda=False):
+    def start(script, *arguments, npu=False, cuda=False, **variables):
         folder = tmp_path / f"bin{npu}{cuda}"
         folder.mkdir(exist_ok=True)
         names = {"python": f'case "$*" in *cuda.is_avail*) exit {int(not cuda)} ;; -c*) ;; *) echo "$@" ;; esac'}
@@ -18,7 +18,7 @@ def command(tmp_path):
             (folder / name).write_text(f"#!/bin/sh\n{body}\n")
             (folder / name).chmod(0o755)
         done = subprocess.run(["bash", ROOT / script, *arguments], cwd=tmp_path, capture_output=True, text=True, env={
-            **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": "python"})
+            **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": "python", **variables})
         assert done.returncode == 0, done.stderr
         return done.stdout.replace(f"{ROOT}/", "").split()
     return start
@@ -101,6 +101,13 @@ def test_run_1p_val_scores_the_latest_checkpoint(command, flags, folder):
     passed_on = [flag for flag in flags if "id" in flag]
     assert command("run_1p.sh", *flags, "--val", "--data_path", "data", "--split=val") == [
         "evaluate.py", f"{folder}/ckpt/latest.pth", *passed_on, "--data_path", "data", "--split=val"]
+
+
+@pytest.mark.parametrize("npu, flags, folder", (
+    (True, (), "output/3/FCN"), (True, ("--device_id=1",), "output/1/FCN"), (True, ("--device=cpu",), "output/0/FCN"),
+    (False, ("--device", "npu"), "output/3/FCN"), (False, (), "output/0/FCN")))
+def test_run_1p_val_looks_where_ascend_device_id_made_train_write(command, npu, flags, folder):
+    assert command("run_1p.sh", "--val", *flags, npu=npu, ASCEND_DEVICE_ID="3")[1] == f"{folder}/ckpt/latest.pth"
 
 
 def test_run_1p_without_data_shows_every_command(command):
