@@ -232,13 +232,13 @@ class Stop(contextlib.ExitStack):
 
     def record(self, number, frame):
         """The signal handler. A second Ctrl-C ends the process at once; Slurm sends SIGTERM twice."""
-        Output.stopping = True
-        if not self.deferred or number == signal.SIGINT == self.number:
-            for stop in STOP_SIGNALS:
-                signal.signal(stop, signal.SIG_IGN)  # one is enough
-            sys.exit(self.status(number))
-        self.number = number
+        ends = not self.deferred or number == signal.SIGINT == self.number
+        self.number = number  # where Python drops an exception, as in a destructor, `agreed` stops the run
         signal.alarm(SAVING_TIME)  # ends a run that cannot stop, say because a dead file server blocks the loader
+        late_stop(number, frame)
+        if ends:
+            stop_once()
+            sys.exit(self.status(number))
 
     @contextlib.contextmanager
     def at_once(self):
@@ -328,9 +328,24 @@ def escaped(error):
         return codecs.backslashreplace_errors(error)
 
 
+def late_stop(number, frame):
+    """The handler of a stop signal in a process that ends already. What nobody reads must not hold it up."""
+    Output.stopping = True
+
+
+def stop_once():
+    """Lets no further stop signal interrupt the end of this process, but for what has its default: a second Ctrl-C.
+
+    Not by SIG_IGN: Python prints an error for a signal that came just before that.
+    """
+    for stop in STOP_SIGNALS:
+        if callable(signal.getsignal(stop)):
+            signal.signal(stop, late_stop)
+
+
 def interrupted(number, frame):
     """The handler of Ctrl-C. A second one ends the process at once."""
-    Output.stopping = True
+    late_stop(number, frame)
     signal.signal(number, signal.SIG_DFL)
     sys.exit(128 + number)
 
@@ -353,13 +368,17 @@ def run(main, parse_args):
             line_buffering=stream.line_buffering or stream.write_through))  # the second: python -u
     try:
         status = main(parse_args())
+        stop_once()
         kill_children()
     except BaseException as error:
+        stop_once()
         # While the exception holds its frames: a DataLoader would wait 5 s for each worker when they are freed.
         kill_children()
         if isinstance(error, SystemExit):
             stops = {128 + stop: f"{PROG}: stopped by {stop.name}" for stop in STOP_SIGNALS}
             status, message = error.code, stops.get(error.code)
+        elif hasattr(error, "sigval"):  # torchrun's; it raises that in the launcher for any signal, whatever it is at
+            status, message = 128 + error.sigval, None
         else:
             status, message = 1, message_of(error)
         if message and first_to("failed"):

@@ -19,7 +19,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import cli
@@ -231,7 +230,10 @@ def visible_devices(kind, devices):
 
 
 def launch(args, script):
-    """Runs `script` under torchrun with this command's flags, a rank for each of --device_list. -> exit status"""
+    """Runs `script` under torchrun with this command's flags, a rank for each of --device_list. -> exit status
+
+    After a signal torchrun raises its SignalException, see cli.run.
+    """
     kind = kind_of(args.device)
     devices = visible_devices(kind, args.device_list)
     if kind == "npu":
@@ -264,8 +266,6 @@ def launch(args, script):
         try:
             torchrun.main([*own, f"--rdzv_conf=timeout={timeout}", f"--log_dir={logs}",
                            f"--nproc_per_node={len(devices)}", script, *sys.argv[1:]])
-        except SignalException as stopped:
-            return 128 + stopped.sigval
         except ChildFailedError as error:
             return status_of(error.failures)
         except dist.DistError as error:  # a port in use, a machine that does not answer or does not come

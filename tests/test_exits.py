@@ -1,4 +1,5 @@
 """Whatever is raised in a run, its cause is shown and every process of it ends."""
+import contextlib
 import os
 import shlex
 import signal
@@ -105,6 +106,55 @@ def test_a_stop_that_takes_too_long_is_ended_by_an_alarm():
             pytest.fail("a stop that was asked for before must end the run at once")
         assert ended.value.code == 128 + signal.SIGTERM
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_stop_whose_exception_python_drops_stops_the_run_after_the_iteration():
+    """As in a destructor or a weakref's callback, where a signal may come."""
+    with cli.Stop(device.Ranks(torch.device("cpu"))) as stop:
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed(1) == signal.SIGTERM
+
+
+def test_two_stops_at_one_moment_are_one(monkeypatch):
+    dropped, both = [], {signal.SIGHUP, signal.SIGTERM}
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    signal.pthread_sigmask(signal.SIG_BLOCK, both)
+    with pytest.raises(SystemExit), cli.Stop(device.Ranks(torch.device("cpu"))):
+        for number in both:
+            signal.raise_signal(number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+    assert not dropped
+
+
+LATE = """
+import atexit, signal
+from cli import run
+
+
+class SignalException(Exception):
+    sigval = signal.SIGTERM
+
+
+def torchruns(number, frame):
+    raise SignalException
+
+
+def main(args):
+    signal.signal(signal.SIGTERM, torchruns)
+    atexit.register(signal.raise_signal, signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+
+
+run(main, list)
+"""
+
+
+def test_a_signal_while_the_launcher_ends_changes_nothing(tmp_path):
+    """A rank passes it on. torchrun's handler raises an exception, wherever the launcher is."""
+    (tmp_path / "late.py").write_text(LATE)
+    done = run(tmp_path / "late.py", status=128 + signal.SIGTERM)
+    assert done.stdout == done.stderr == ""
 
 
 def test_signals_are_held_while_workers_start_whichever_thread_gets_them():
