@@ -235,7 +235,7 @@ class Stop(contextlib.ExitStack):
         ends = not self.deferred or number == signal.SIGINT == self.number
         self.number = number  # where Python drops an exception, as in a destructor, `agreed` stops the run
         signal.alarm(SAVING_TIME)  # ends a run that cannot stop, say because a dead file server blocks the loader
-        late_stop(number, frame)
+        Output.stopping = True
         if ends:
             stop_once()
             sys.exit(self.status(number))
@@ -329,25 +329,27 @@ def escaped(error):
 
 
 def late_stop(number, frame):
-    """The handler of a stop signal in a process that ends already. What nobody reads must not hold it up."""
+    """The handler of a stop signal in a process that ends already: what nobody reads does not hold it up any more, and
+    a second Ctrl-C ends it at once."""
     Output.stopping = True
+    if number == signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def interrupted(number, frame):
+    """The handler of Ctrl-C."""
+    late_stop(number, frame)
+    sys.exit(128 + number)
 
 
 def stop_once():
-    """Lets no further stop signal interrupt the end of this process, but for what has its default: a second Ctrl-C.
+    """Lets no further stop signal interrupt the end of this process.
 
     Not by SIG_IGN: Python prints an error for a signal that came just before that.
     """
     for stop in STOP_SIGNALS:
-        if callable(signal.getsignal(stop)):
+        if callable(signal.getsignal(stop)):  # not ignored, say by nohup
             signal.signal(stop, late_stop)
-
-
-def interrupted(number, frame):
-    """The handler of Ctrl-C. A second one ends the process at once."""
-    late_stop(number, frame)
-    signal.signal(number, signal.SIG_DFL)
-    sys.exit(128 + number)
 
 
 def run(main, parse_args):

@@ -86,6 +86,7 @@ evaluation() {  # ARGUMENT...
 evaluate_latest() {  # FOLDER-OF-EVALUATE.PY DEFAULT-WORK-DIR ARGUMENT...
     local here=$1 work_dir flags=()
     work_dir=$(value_of work_dir "$2" "${@:3}")
+    [[ -n $work_dir ]] || die "--work_dir takes a value, not ''"
     shift 2
     while (($#)); do
         case $1 in

@@ -86,6 +86,13 @@ def test_run_8p_val_scores_the_latest_checkpoint(command, flags, folder):
         "--data_path", "data", "--split=val"]
 
 
+@pytest.mark.parametrize("script", ("run_1p.sh", "run_8p.sh"))
+def test_a_work_dir_of_an_unset_variable_is_one_line(script, tmp_path):
+    done = subprocess.run(["bash", ROOT / script, "--val", "--work_dir=", "--data_path=data"], cwd=tmp_path,
+                          capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert done.returncode == 1 and done.stderr.endswith(f"{script}: --work_dir takes a value, not ''\n")
+
+
 @pytest.mark.parametrize("flags", (("--device_id=1",), ("--device-id", "1"), ("--val", "--device_id", "1")))
 def test_run_8p_says_that_it_takes_a_list_of_devices(flags, tmp_path):
     done = subprocess.run(["bash", ROOT / "run_8p.sh", "--data_path=data", *flags], cwd=tmp_path, capture_output=True,
