@@ -73,7 +73,7 @@ def test_a_second_interrupt_ends_a_run_whose_loader_blocks(drawn_voc, tmp_path):
     fault = tmp_path / "fault"
     process = start(drawn_voc, tmp_path / "run", *LONG[:2], "--eval_interval", 10_000, "--checkpoint_interval", 2,
                     env={"PYTHONPATH": FAULTY, "FAULT": str(fault)})
-    wait_for_iteration(process, tmp_path / "run", 2)
+    wait_for_iteration(process, tmp_path / "run", 3)  # the second is saved
     fault.write_text("block 0")
     while fault.exists() and process.poll() is None:
         os.sched_yield()
