@@ -218,10 +218,10 @@ class WithLosses(nn.Module):
         return losses_of(self.model(images), labels, self.class_weights)
 
 
-def train_step(network, batches, optimizer, precision, bn_guard):
+def train_step(network, batches, optimizer, precision, bn_guard, count=1):
     """Adds up the gradients of some batches and makes one optimizer step.
 
-    network: a WithLosses; batches: [(images float32 [N, 3, H, W], labels uint8 [N, H, W]), ...]
+    network: a WithLosses; batches: an iterable of `count` pairs, images float32 [N, 3, H, W] and labels uint8 [N, H, W]
     A step with NaN or Inf in the loss or the gradients is skipped: it changes neither parameters nor momentum nor BN
     statistics, on any rank.
     -> float32 [5], on the device, without a synchronisation with it: the mean losses (total, main, auxiliary) and 1, or
@@ -232,10 +232,10 @@ def train_step(network, batches, optimizer, precision, bn_guard):
     losses = 0
     for index, (images, labels) in enumerate(batches, 1):
         # DistributedDataParallel averages the gradients in the last batch only.
-        adds_up = index < len(batches) and hasattr(network, "no_sync")
+        adds_up = index < count and hasattr(network, "no_sync")
         with network.no_sync() if adds_up else contextlib.nullcontext():
             with precision.autocast():
-                part = network(images, labels) * (1 / len(batches))
+                part = network(images, labels) * (1 / count)
             # A sum that overflows may have finite gradients: NaN times them makes every rank skip the step.
             precision.backward(part[0] * torch.where(part[0].isfinite(), 1.0, math.nan), optimizer)
         losses = losses + part.detach()
@@ -385,8 +385,9 @@ def main(args):
             seed = np.random.SeedSequence([args.seed, progress.iteration, ranks.rank]).generate_state(1)[0]
             torch.manual_seed(int(seed))
             with convolutions(device, training=True):
-                parts = [prepare_batch(batch, model.form, device, preparing) for batch in loaded]
-                result = train_step(network, parts, optimizer, precision, bn_guard)
+                # Each is prepared when its turn comes, so that the device holds one at a time.
+                parts = (prepare_batch(batch, model.form, device, preparing) for batch in loaded)
+                result = train_step(network, parts, optimizer, precision, bn_guard, args.accumulate)
             sums += result
             nan_run = torch.where(result[3] > 0, 0, nan_run + 1)
             longest_nan_run = torch.maximum(longest_nan_run, nan_run)
