@@ -352,6 +352,14 @@ def stop_once():
             signal.signal(stop, late_stop)
 
 
+def dropped(unraisable):
+    """sys.unraisablehook: hides an exception that a signal's handler raised where Python drops it, as in a destructor
+    or a hook of a fork. It is that of a stop, or PyTorch's of a killed worker, which the loader finds as well."""
+    error = unraisable.exc_value
+    if not isinstance(error, SystemExit) and "DataLoader worker (pid" not in str(error):
+        sys.__unraisablehook__(unraisable)
+
+
 def run(main, parse_args):
     """Calls `main(parse_args())` and exits with its status. An error that the user can fix is one line.
 
@@ -359,6 +367,7 @@ def run(main, parse_args):
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupted)
+    sys.unraisablehook = dropped
     codecs.register_error("escaped", escaped)
     for descriptor, name in enumerate(("stdout", "stderr"), 1):
         stream = getattr(sys, name)

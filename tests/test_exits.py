@@ -150,6 +150,34 @@ run(main, list)
 """
 
 
+DROPPING = """
+from cli import run
+
+
+class Raising:
+    def __init__(self, error):
+        self.error = error
+
+    def __del__(self):
+        raise self.error
+
+
+def main(args):
+    for error in (SystemExit(143), RuntimeError("DataLoader worker (pid 7) is killed by signal"), KeyError("a bug")):
+        Raising(error)
+
+
+run(main, list)
+"""
+
+
+def test_what_a_signals_handler_raises_in_a_destructor_is_not_shown(tmp_path):
+    """PyTorch's raises when a worker is killed, wherever the process is. A bug is shown."""
+    (tmp_path / "dropping.py").write_text(DROPPING)
+    shown = run(tmp_path / "dropping.py").stderr
+    assert "KeyError: 'a bug'" in shown and "143" not in shown and "DataLoader" not in shown
+
+
 def test_a_signal_while_the_launcher_ends_changes_nothing(tmp_path):
     """A rank passes it on. torchrun's handler raises an exception, wherever the launcher is."""
     (tmp_path / "late.py").write_text(LATE)
