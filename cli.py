@@ -286,8 +286,9 @@ def start_worker(*_):
 
 
 def kill_children():
-    """Kills the workers of this process. They ignore SIGTERM, after which Python would wait for them."""
+    """Begins the end of this process: kills its workers, as they ignore SIGTERM and Python would wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a worker is killed
+    stop_once()
     threading.excepthook = lambda error: None  # a thread of a pool may, too
     for child in multiprocessing.active_children():
         child.kill()
@@ -379,12 +380,13 @@ def run(main, parse_args):
             line_buffering=stream.line_buffering or stream.write_through))  # the second: python -u
     try:
         status = main(parse_args())
-        stop_once()
         kill_children()
     except BaseException as error:
-        stop_once()
         # While the exception holds its frames: a DataLoader would wait 5 s for each worker when they are freed.
-        kill_children()
+        try:
+            kill_children()
+        except RuntimeError:  # a worker was killed just now
+            kill_children()
         if isinstance(error, SystemExit):
             stops = {128 + stop: f"{PROG}: stopped by {stop.name}" for stop in STOP_SIGNALS}
             status, message = error.code, stops.get(error.code)

@@ -178,6 +178,38 @@ def test_what_a_signals_handler_raises_in_a_destructor_is_not_shown(tmp_path):
     assert "KeyError: 'a bug'" in shown and "143" not in shown and "DataLoader" not in shown
 
 
+KILLED = """
+import signal
+import cli
+
+
+def raising(*_):
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal")
+
+
+def main(args):
+    signal.signal(signal.SIGCHLD, raising)
+    kill = cli.kill_children
+
+    def late():
+        cli.kill_children = kill
+        signal.raise_signal(signal.SIGCHLD)
+        kill()
+
+    cli.kill_children = late
+    raise ConnectionResetError
+
+
+cli.run(main, list)
+"""
+
+
+def test_a_worker_whose_end_is_told_while_the_process_ends_is_one_line(tmp_path):
+    """Its pipe breaks first, then SIGCHLD comes."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    assert "a process that loads images died" in error_line(tmp_path / "killed.py")
+
+
 def test_a_signal_while_the_launcher_ends_changes_nothing(tmp_path):
     """A rank passes it on. torchrun's handler raises an exception, wherever the launcher is."""
     (tmp_path / "late.py").write_text(LATE)
