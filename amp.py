@@ -16,6 +16,7 @@ import shutil
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from cli import UserError, first_line, number
 
@@ -180,7 +181,8 @@ def name_of(dtype):
 
 
 def fused_sgd(parameters, device, precision, lr, momentum, weight_decay):
-    """SGD with the fewest kernel launches on the device. parameters: a list"""
+    """SGD with the fewest kernel launches on the device, for those parameters that are trained."""
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     if device.type == "npu":
         return pkgutil.resolve_name(precision.npu_sgd)(parameters, **settings)
@@ -360,13 +362,9 @@ class BatchNormGuard:
     def __init__(self, model):
         layers, self.tensors = bn_layers(model), []
         for names in (("running_mean", "running_var"), ("num_batches_tracked",)) if layers else ():
-            buffers = [(layer, name) for layer in layers for name in names]
-            values = [getattr(layer, name) for layer, name in buffers]
-            flat = torch.cat([value.reshape(-1) for value in values])
-            views = flat.split([value.numel() for value in values])
-            for (layer, name), value, view in zip(buffers, values, views, strict=True):
-                layer._buffers[name] = view.view(value.shape)
-            self.tensors.append(flat)
+            buffers = [getattr(layer, name) for layer in layers for name in names]
+            self.tensors.append(parameters_to_vector(buffers))
+            vector_to_parameters(self.tensors[-1], buffers)  # makes each a view
 
     def keep(self):
         """Saves a copy of the statistics."""

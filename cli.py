@@ -1,4 +1,4 @@
-"""Command-line helpers: parser, argument types, error messages, exit.
+"""Command-line helpers: parser, argument types, error messages, signals, exit.
 
 Every command imports this module first, before PyTorch. The body below prepares the process for that import.
 """
@@ -23,7 +23,10 @@ COMMANDS = ("train.py", "evaluate.py", "predict.py", "export.py", "convert_voc_a
 PROG = Path(sys.argv[0]).name
 REQUIREMENTS = ("numpy", "PIL", "scipy", "tqdm", "matplotlib", "torch")  # modules of requirements.txt
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the last: Slurm's usual warning
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # a variable that torchrun sets in the ranks, and nothing else does
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that this process gets when its parent ends
+SAVING_TIME = 300  # seconds that a run has to save after a signal, before it is killed; torchrun's own are 30
+STOP_INTERVAL = 10  # iterations between two checks of the other ranks' signals on an accelerator
 PATIENCE = 1  # seconds that a process which is to stop waits for the reader of its output
 LARGEST = 2 ** 31  # limit of integer flags without another one
 MAX_SIDE, MAX_BATCH = 2 ** 14, 2 ** 14  # pixels, images: beyond any memory
@@ -49,7 +52,7 @@ if PROG in COMMANDS:  # not where somebody imports a module of ours, say in a no
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may swallow KeyboardInterrupt; `run` handles it
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun: if the launcher is killed, it saves and ends
+    if TORCHRUN in os.environ:  # a rank of torchrun: if the launcher is killed, it saves and ends
         end_with_parent(signal.SIGTERM, PARENT)
         file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if file and any(Path(file).parents[2].glob("*/refused")):
@@ -181,22 +184,96 @@ def usable_cores(listed=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")):
 
 
 @contextlib.contextmanager
-def held_signals():
-    """Holds the stop signals back for the block. A worker forked in it records them before `start_worker` ignores them.
+def stops_handled_by(handler):
+    """Handles the stop signals in the block, unless they are ignored, as SIGHUP by nohup.
 
     No signal mask: that is of one thread, and Python runs its handlers in the main thread, whichever gets the signal.
     """
-    held, before = [], {}
-    for stop in STOP_SIGNALS:
-        if signal.getsignal(stop) is not signal.SIG_IGN:
-            before[stop] = signal.signal(stop, lambda number, frame: held.append(number))
+    handled = [stop for stop in STOP_SIGNALS if signal.getsignal(stop) is not signal.SIG_IGN]
+    before = {stop: signal.signal(stop, handler) for stop in handled}
     try:
         yield
     finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
+        for stop in before:
+            signal.signal(stop, before[stop])
+
+
+@contextlib.contextmanager
+def held_signals():
+    """Holds the stop signals back for the block. A worker forked in it records them before `start_worker` ignores them.
+    """
+    held = []
+    try:
+        with stops_handled_by(lambda number, frame: held.append(number)):
+            yield
+    finally:
         for number in held:
             signal.raise_signal(number)
+
+
+class Stop(contextlib.ExitStack):
+    """The stop signals in a training of one or several ranks. A context, which restores what handled them before.
+
+    At first, and during an evaluation, a signal ends the process at once: everything is saved. While `deferred`,
+    `agreed` tells all ranks to stop after the same iteration.
+    ranks: a device.Ranks
+    """
+
+    def __init__(self, ranks):
+        super().__init__()
+        self.ranks, self.number, self.deferred, self.trains = ranks, 0, False, False
+        self.enter_context(stops_handled_by(self.record))
+        self.callback(signal.alarm, 0)
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, UserError):
+            error.late = self.trains
+        return super().__exit__(kind, error, trace)
+
+    def record(self, number, frame):
+        """The signal handler. A second Ctrl-C ends the process at once; Slurm sends SIGTERM twice."""
+        ends = not self.deferred or number == signal.SIGINT == self.number
+        self.number = number  # where Python drops an exception, as in a destructor, `agreed` stops the run
+        signal.alarm(SAVING_TIME)  # ends a run that cannot stop, say because a dead file server blocks the loader
+        Output.stopping = True
+        if ends:
+            stop_once()
+            sys.exit(self.status(number))
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """A context for an evaluation, before which all is saved: a signal ends the process at once."""
+        self.deferred = False
+        if self.number:
+            sys.exit(self.status(self.number))
+        yield
+        self.deferred = True
+
+    def agreed(self, iteration):
+        """The signal on which the run stops after this iteration, else 0; the same in every rank."""
+        self.trains = True
+        if self.ranks.count > 1 and self.ranks.device.type != "cpu" and iteration % STOP_INTERVAL:
+            return 0  # asking waits for the device
+        return self.ranks.largest(self.number)
+
+    def leave(self, number):
+        """Ends all ranks together, once rank 0 has saved. -> the exit status"""
+        status = self.status(number) if self.ranks.local_rank == 0 else 128 + number
+        self.ranks.largest(0)  # a barrier
+        return status
+
+    def status(self, number):
+        """The exit status after a signal. Passes it to torchrun first, which then does not restart the ranks.
+
+        If a rank has died, the signal is torchrun's, to the peers of a failed rank, and it may restart them.
+        """
+        if TORCHRUN in os.environ:
+            if not all(os.path.exists(f"/proc/{pid}") for pid in self.ranks.pids):
+                return 1
+            # Once a machine: torchrun, which may have it from the user already, leaves its ranks alone at the third.
+            if os.getppid() == PARENT and first_to("stopped"):
+                os.kill(PARENT, number)
+        return 128 + number
 
 
 def start_worker(*_):
@@ -209,8 +286,9 @@ def start_worker(*_):
 
 
 def kill_children():
-    """Kills the workers of this process. They ignore SIGTERM, after which Python would wait for them."""
+    """Begins the end of this process: kills its workers, as they ignore SIGTERM and Python would wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a worker is killed
+    stop_once()
     threading.excepthook = lambda error: None  # a thread of a pool may, too
     for child in multiprocessing.active_children():
         child.kill()
@@ -251,11 +329,36 @@ def escaped(error):
         return codecs.backslashreplace_errors(error)
 
 
-def interrupted(number, frame):
-    """The handler of Ctrl-C. A second one ends the process at once."""
+def late_stop(number, frame):
+    """The handler of a stop signal in a process that ends already: what nobody reads does not hold it up any more, and
+    a second Ctrl-C ends it at once."""
     Output.stopping = True
-    signal.signal(number, signal.SIG_DFL)
+    if number == signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def interrupted(number, frame):
+    """The handler of Ctrl-C."""
+    late_stop(number, frame)
     sys.exit(128 + number)
+
+
+def stop_once():
+    """Lets no further stop signal interrupt the end of this process.
+
+    Not by SIG_IGN: Python prints an error for a signal that came just before that.
+    """
+    for stop in STOP_SIGNALS:
+        if callable(signal.getsignal(stop)):  # not ignored, say by nohup
+            signal.signal(stop, late_stop)
+
+
+def dropped(unraisable):
+    """sys.unraisablehook: hides an exception that a signal's handler raised where Python drops it, as in a destructor
+    or a hook of a fork. It is that of a stop, or PyTorch's of a killed worker, which the loader finds as well."""
+    error = unraisable.exc_value
+    if not isinstance(error, SystemExit) and "DataLoader worker (pid" not in str(error):
+        sys.__unraisablehook__(unraisable)
 
 
 def run(main, parse_args):
@@ -265,6 +368,7 @@ def run(main, parse_args):
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupted)
+    sys.unraisablehook = dropped
     codecs.register_error("escaped", escaped)
     for descriptor, name in enumerate(("stdout", "stderr"), 1):
         stream = getattr(sys, name)
@@ -279,10 +383,15 @@ def run(main, parse_args):
         kill_children()
     except BaseException as error:
         # While the exception holds its frames: a DataLoader would wait 5 s for each worker when they are freed.
-        kill_children()
+        try:
+            kill_children()
+        except RuntimeError:  # a worker was killed just now
+            kill_children()
         if isinstance(error, SystemExit):
             stops = {128 + stop: f"{PROG}: stopped by {stop.name}" for stop in STOP_SIGNALS}
             status, message = error.code, stops.get(error.code)
+        elif hasattr(error, "sigval"):  # torchrun's; it raises that in the launcher for any signal, whatever it is at
+            status, message = 128 + error.sigval, None
         else:
             status, message = 1, message_of(error)
         if message and first_to("failed"):

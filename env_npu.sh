@@ -70,10 +70,14 @@ value_of() {  # FLAG DEFAULT ARGUMENT...: prints the value that argparse would g
     printf '%s\n' "$value"
 }
 
+on_npu() {  # ARGUMENT...: true if train.py and evaluate.py will run on an NPU
+    case $(value_of device auto "$@") in npu) ;; auto) has_npu ;; *) false ;; esac
+}
+
 # Prints the evaluation of the Ascend port if train.py will run on an NPU, whose kernels it compiles for each shape anew.
 # A scale or padding of the user replaces it.
 evaluation() {  # ARGUMENT...
-    case $(value_of device auto "$@") in npu) ;; auto) has_npu || return 0 ;; *) return 0 ;; esac
+    on_npu "$@" || return 0
     [[ -n $(value_of scale '' "$@")$(value_of val_scale '' "$@")$(value_of pad_to '' "$@") ]] ||
         echo --val_scale 512 512 --pad_to 512
 }
@@ -82,6 +86,7 @@ evaluation() {  # ARGUMENT...
 evaluate_latest() {  # FOLDER-OF-EVALUATE.PY DEFAULT-WORK-DIR ARGUMENT...
     local here=$1 work_dir flags=()
     work_dir=$(value_of work_dir "$2" "${@:3}")
+    [[ -n $work_dir ]] || die "--work_dir takes a value, not ''"
     shift 2
     while (($#)); do
         case $1 in

@@ -9,7 +9,10 @@ here=$(dirname "$0")
 source "$here/env_npu.sh"
 find_python "$here/requirements.txt" numpy scipy PIL tqdm matplotlib
 
-if [[ " $* " == *" --val "* ]]; then evaluate_latest "$here" "output/$(value_of device_id 0 "$@")/FCN" "$@"; fi
+if [[ " $* " == *" --val "* ]]; then
+    if on_npu "$@"; then id=${ASCEND_DEVICE_ID:-0}; else id=0; fi
+    evaluate_latest "$here" "output/$(value_of device_id "$id" "$@")/FCN" "$@"
+fi
 
 # Defaults come before "$@": argparse takes the last value of a flag.
 if [[ " $*" =~ \ (--data[_-]path|--help|-h) ]]; then exec "$python" "$here/train.py" $(amp "$@") $(evaluation "$@") "$@"; fi

@@ -15,7 +15,7 @@ import signal
 import time
 import warnings
 
-from cli import MAX_BATCH, MAX_SIDE, Parser, UserError, class_weights, number, run  # isort: skip, see cli
+from cli import MAX_BATCH, MAX_SIDE, Parser, Stop, UserError, class_weights, number, run  # isort: skip, see cli
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,15 +35,7 @@ from amp import (
     place,
 )
 from data import first_samples, open_checked, train_batches, val_batches
-from device import (
-    Stop,
-    add_device_flags,
-    check_device_flags,
-    join_ranks,
-    launch,
-    must_launch,
-    readable_errors,
-)
+from device import add_device_flags, check_device_flags, join_ranks, launch, must_launch, readable_errors
 from fcn8s import BACKBONES, DEFAULT_BACKBONE, FCN8s
 from inference import Protocol, check_scales, draw, draw_data, evaluate
 from metrics import WARM_UP_ITERS, Speed, peak_memory, scores_of
@@ -226,10 +218,10 @@ class WithLosses(nn.Module):
         return losses_of(self.model(images), labels, self.class_weights)
 
 
-def train_step(network, batches, optimizer, precision, bn_guard):
+def train_step(network, batches, optimizer, precision, bn_guard, count=1):
     """Adds up the gradients of some batches and makes one optimizer step.
 
-    network: a WithLosses; batches: [(images float32 [N, 3, H, W], labels uint8 [N, H, W]), ...]
+    network: a WithLosses; batches: an iterable of `count` pairs, images float32 [N, 3, H, W] and labels uint8 [N, H, W]
     A step with NaN or Inf in the loss or the gradients is skipped: it changes neither parameters nor momentum nor BN
     statistics, on any rank.
     -> float32 [5], on the device, without a synchronisation with it: the mean losses (total, main, auxiliary) and 1, or
@@ -240,10 +232,10 @@ def train_step(network, batches, optimizer, precision, bn_guard):
     losses = 0
     for index, (images, labels) in enumerate(batches, 1):
         # DistributedDataParallel averages the gradients in the last batch only.
-        adds_up = index < len(batches) and hasattr(network, "no_sync")
+        adds_up = index < count and hasattr(network, "no_sync")
         with network.no_sync() if adds_up else contextlib.nullcontext():
             with precision.autocast():
-                part = network(images, labels) * (1 / len(batches))
+                part = network(images, labels) * (1 / count)
             # A sum that overflows may have finite gradients: NaN times them makes every rank skip the step.
             precision.backward(part[0] * torch.where(part[0].isfinite(), 1.0, math.nan), optimizer)
         losses = losses + part.detach()
@@ -300,8 +292,7 @@ def main(args):
         if args.sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # the keys of the state dict stay the same
         model = place(model, device)
-        optimizer = fused_sgd([p for p in model.parameters() if p.requires_grad], device, precision, args.lr,
-                              args.momentum, args.weight_decay)
+        optimizer = fused_sgd(model.parameters(), device, precision, args.lr, args.momentum, args.weight_decay)
         model, optimizer = precision.wrap(model, optimizer)
         bn_guard = BatchNormGuard(model)
         network = WithLosses(model, args.class_weights and torch.tensor(args.class_weights, device=device))
@@ -394,8 +385,9 @@ def main(args):
             seed = np.random.SeedSequence([args.seed, progress.iteration, ranks.rank]).generate_state(1)[0]
             torch.manual_seed(int(seed))
             with convolutions(device, training=True):
-                parts = [prepare_batch(batch, model.form, device, preparing) for batch in loaded]
-                result = train_step(network, parts, optimizer, precision, bn_guard)
+                # Each is prepared when its turn comes, so that the device holds one at a time.
+                parts = (prepare_batch(batch, model.form, device, preparing) for batch in loaded)
+                result = train_step(network, parts, optimizer, precision, bn_guard, args.accumulate)
             sums += result
             nan_run = torch.where(result[3] > 0, 0, nan_run + 1)
             longest_nan_run = torch.maximum(longest_nan_run, nan_run)
@@ -411,17 +403,15 @@ def main(args):
             if (due(NAN_INTERVAL) or due(args.log_interval)) and longest_nan_run >= MAX_NAN_STEPS:
                 fail(f"the loss was NaN or Inf for {int(longest_nan_run)} steps in a row,")
             stopped = stop.agreed(progress.iteration)
-            pauses = stopped or due(args.checkpoint_interval) or due(args.eval_interval)
-            if pauses:
+            if stopped or due(args.checkpoint_interval) or due(args.eval_interval):
                 save()
-            if stopped:
-                work_dir.log(f"stopped by {signal.Signals(stopped).name} at iteration {progress.iteration}"
-                             + (", which is saved; resume with --resume auto" if saved == progress.iteration else
-                                f"; last checkpoint: {'none' if saved is None else f'iteration {saved}'}"))
-                return stop.leave(stopped)
-            if due(args.eval_interval):
-                evaluate_now()
-            if pauses:
+                if stopped:
+                    work_dir.log(f"stopped by {signal.Signals(stopped).name} at iteration {progress.iteration}"
+                                 + (", which is saved; resume with --resume auto" if saved == progress.iteration else
+                                    f"; last checkpoint: {'none' if saved is None else f'iteration {saved}'}"))
+                    return stop.leave(stopped)
+                if due(args.eval_interval):
+                    evaluate_now()
                 speed.start()
         progress.seconds = time.perf_counter() - began
         if work_dir.writes:

@@ -198,25 +198,29 @@ def test_a_missing_device_is_said_before_any_waiting(drawn_voc, tmp_path):
 
 
 def test_run_8p_runs_on_two_npus_as_it_is(drawn_voc, tmp_path):
-    """Only data, backbone, sizes, lengths, the list of cards and the start differ from its defaults."""
+    """Only data, backbone, sizes, lengths and the start differ from its defaults. The two cards are named by hand, from
+    which neither the launcher's ranks nor the folder take their numbers."""
     (tmp_path / "npu-smi").write_text("#!/bin/sh\n")
     (tmp_path / "npu-smi").chmod(0o755)
-    env = environment({"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "SOFTWARE_NPUS": "2",
-                       "PYTHONPATH": os.environ["PYTHONPATH"], "ASCEND_DEVICE_ID": "1"})
+    env = environment({"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "SOFTWARE_NPUS": "3",
+                       "PYTHONPATH": os.environ["PYTHONPATH"], "ASCEND_DEVICE_ID": "1",
+                       "ASCEND_RT_VISIBLE_DEVICES": "1,2"})
+    listed = "0,1,2,3,4,5,6,7"
 
     def script(*flags):
-        command = ["bash", ROOT / "run_8p.sh", f"--data_path={drawn_voc}", "--device_list=0,1", *flags]
+        command = ["bash", ROOT / "run_8p.sh", f"--data_path={drawn_voc}", *flags]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         name = "evaluate.py" if "--val" in flags else "train.py"
-        assert done.stderr == f"{name}: ASCEND_DEVICE_ID=1 is set, --device_list 0,1 wins over it\n"
+        assert done.stderr == (f"{name}: ASCEND_RT_VISIBLE_DEVICES=1,2 is set, it wins over --device_list {listed}\n"
+                               f"{name}: ASCEND_DEVICE_ID=1 is set, --device_list {listed} wins over it\n")
         return done.stdout
     output = script("--backbone=tiny", "--pretrained=none", "--crop_size=32", "--batch_size=2", "--max_iters=2",
                     "--log_interval=1")
     assert "device: 2 x npu:0 (software NPU), apex O1 with loss scale 128.0\n" in output
     assert "evaluation: images fitted into 512x512, padded to 512x512\n" in output
     assert "augmentation: fitted into 2048x512, " in output
-    folder = tmp_path / "output/0,1/FCN"
+    folder = tmp_path / f"output/{listed}/FCN"
     best = summary_of(folder / "FCN_bs2_2p_acc.log")
     assert best["RankSize"] == "2" and float(best["mIoU"]) == metrics(folder)[-1]["mIoU"] / 100
     assert "fitted into 512x512, padded to 512x512, on 2 x npu:0" in script("--val")

@@ -1,4 +1,5 @@
 """Whatever is raised in a run, its cause is shown and every process of it ends."""
+import contextlib
 import os
 import shlex
 import signal
@@ -72,7 +73,7 @@ def test_a_second_interrupt_ends_a_run_whose_loader_blocks(drawn_voc, tmp_path):
     fault = tmp_path / "fault"
     process = start(drawn_voc, tmp_path / "run", *LONG[:2], "--eval_interval", 10_000, "--checkpoint_interval", 2,
                     env={"PYTHONPATH": FAULTY, "FAULT": str(fault)})
-    wait_for_iteration(process, tmp_path / "run", 2)
+    wait_for_iteration(process, tmp_path / "run", 3)  # the second is saved
     fault.write_text("block 0")
     while fault.exists() and process.poll() is None:
         os.sched_yield()
@@ -94,17 +95,126 @@ def pending(pid):
 
 
 def test_a_stop_that_takes_too_long_is_ended_by_an_alarm():
-    with device.Stop(device.Ranks(torch.device("cpu"))) as stop:
+    with cli.Stop(device.Ranks(torch.device("cpu"))) as stop:
         stop.deferred = True
         assert stop.agreed(1) == 0
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # Slurm sends it to the ranks and to their launcher
         assert stop.agreed(2) == signal.SIGTERM
-        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= device.SAVING_TIME
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= cli.SAVING_TIME
         with pytest.raises(SystemExit) as ended, stop.at_once():
             pytest.fail("a stop that was asked for before must end the run at once")
         assert ended.value.code == 128 + signal.SIGTERM
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_stop_whose_exception_python_drops_stops_the_run_after_the_iteration():
+    """As in a destructor or a weakref's callback, where a signal may come."""
+    with cli.Stop(device.Ranks(torch.device("cpu"))) as stop:
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed(1) == signal.SIGTERM
+
+
+def test_two_stops_at_one_moment_are_one(monkeypatch):
+    dropped, both = [], {signal.SIGHUP, signal.SIGTERM}
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    signal.pthread_sigmask(signal.SIG_BLOCK, both)
+    with pytest.raises(SystemExit), cli.Stop(device.Ranks(torch.device("cpu"))):
+        for number in both:
+            signal.raise_signal(number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+    assert not dropped
+
+
+LATE = """
+import atexit, signal
+from cli import run
+
+
+class SignalException(Exception):
+    sigval = signal.SIGTERM
+
+
+def torchruns(number, frame):
+    raise SignalException
+
+
+def main(args):
+    signal.signal(signal.SIGTERM, torchruns)
+    atexit.register(signal.raise_signal, signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+
+
+run(main, list)
+"""
+
+
+DROPPING = """
+from cli import run
+
+
+class Raising:
+    def __init__(self, error):
+        self.error = error
+
+    def __del__(self):
+        raise self.error
+
+
+def main(args):
+    for error in (SystemExit(143), RuntimeError("DataLoader worker (pid 7) is killed by signal"), KeyError("a bug")):
+        Raising(error)
+
+
+run(main, list)
+"""
+
+
+def test_what_a_signals_handler_raises_in_a_destructor_is_not_shown(tmp_path):
+    """PyTorch's raises when a worker is killed, wherever the process is. A bug is shown."""
+    (tmp_path / "dropping.py").write_text(DROPPING)
+    shown = run(tmp_path / "dropping.py").stderr
+    assert "KeyError: 'a bug'" in shown and "143" not in shown and "DataLoader" not in shown
+
+
+KILLED = """
+import signal
+import cli
+
+
+def raising(*_):
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal")
+
+
+def main(args):
+    signal.signal(signal.SIGCHLD, raising)
+    kill = cli.kill_children
+
+    def late():
+        cli.kill_children = kill
+        signal.raise_signal(signal.SIGCHLD)
+        kill()
+
+    cli.kill_children = late
+    raise ConnectionResetError
+
+
+cli.run(main, list)
+"""
+
+
+def test_a_worker_whose_end_is_told_while_the_process_ends_is_one_line(tmp_path):
+    """Its pipe breaks first, then SIGCHLD comes."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    assert "a process that loads images died" in error_line(tmp_path / "killed.py")
+
+
+def test_a_signal_while_the_launcher_ends_changes_nothing(tmp_path):
+    """A rank passes it on. torchrun's handler raises an exception, wherever the launcher is."""
+    (tmp_path / "late.py").write_text(LATE)
+    done = run(tmp_path / "late.py", status=128 + signal.SIGTERM)
+    assert done.stdout == done.stderr == ""
 
 
 def test_signals_are_held_while_workers_start_whichever_thread_gets_them():
@@ -134,7 +244,7 @@ def test_a_hangup_or_slurms_warning_is_a_stop_unless_it_is_ignored(ignored, numb
     """As nohup ignores the first."""
     before = signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     ended = []
-    with device.Stop(device.Ranks(torch.device("cpu"))):
+    with cli.Stop(device.Ranks(torch.device("cpu"))):
         try:
             signal.raise_signal(number)
         except SystemExit as ending:

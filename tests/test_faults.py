@@ -209,7 +209,7 @@ def test_devices_set_by_hand_win_over_the_list(monkeypatch, capsys):
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "")  # so that it is taken back afterwards
     monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES")
     assert visible_devices("npu", ["2", "3"]) == ["2", "3"] == os.environ["ASCEND_RT_VISIBLE_DEVICES"].split(",")
-    assert visible_devices("cpu", ["0", "1"]) == ["0", "1"] and capsys.readouterr().err == ""
+    assert visible_devices("cpu", ["0", "1", "2"]) == ["0", "1", "2"] and capsys.readouterr().err == ""
 
 
 def test_a_run_that_was_not_scored_at_its_end_goes_on(drawn_voc, tmp_path):

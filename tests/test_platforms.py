@@ -18,6 +18,7 @@ import yaml
 from conftest import (
     ROOT,
     environment,
+    error_line,
     finish,
     free_port,
     left_of,
@@ -99,6 +100,20 @@ def test_tasks_of_srun_that_know_nothing_of_each_other_are_an_error_with_the_rig
     assert parsed({"SLURM_STEP_NUM_TASKS": "2", "RANK": "0"})[1] is None
 
 
+@pytest.mark.parametrize("variables, flags, words", (
+    ({**ONE_CARD, "WORLD_SIZE": "2", "MASTER_PORT": "99999"}, (), "rank 0 could not meet the other processes"),
+    ({}, ("--device_list", "0,1", "--local_addr", "192.0.2.1"), "--local_addr 192.0.2.1: is no address of this"),
+    ({}, ("--device_list", "0,1", "--local_addr", "nowhere.invalid"), "nowhere.invalid: is no address of this")))
+def test_an_address_that_cannot_be_is_one_line_at_once(variables, flags, words, drawn_voc, tmp_path):
+    command = (*train_flags(drawn_voc, tmp_path / "run"), *flags)
+    assert words in error_line(ROOT / "train.py", *command, env=variables)
+
+
+def test_torchruns_mark_alone_makes_no_rank(parsed):
+    args, _ = parsed({"TORCHELASTIC_RUN_ID": "left over"})
+    assert device.started(args)[0] == "alone"
+
+
 def test_a_pod_of_one_card_trains_evaluates_and_takes_a_device(drawn_voc, tmp_path):
     flags = ("--device_id", 0, "--max_iters", 1)
     run(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), *flags, env=ONE_CARD)
@@ -128,7 +143,7 @@ def test_the_smallest_of_affinity_and_cpu_quotas_counts(listed, files, cores, tm
 def test_a_process_takes_no_more_threads_than_its_share_of_the_cores(monkeypatch):
     """Unless OMP_NUM_THREADS says how many; never more than before."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(device, "usable_cores", lambda: 4)
+    monkeypatch.setattr(cli, "usable_cores", lambda: 4)
     try:
         torch.set_num_threads(8)
         device.choose_device("cpu")
@@ -249,7 +264,7 @@ def test_the_commands_of_the_page_for_pods_launch_what_they_say(words, variables
         service, job = yaml.safe_load_all(script)
         pod = job["spec"]["template"]["spec"]
         container = pod["containers"][0]
-        assert pod["terminationGracePeriodSeconds"] > device.SAVING_TIME
+        assert pod["terminationGracePeriodSeconds"] > cli.SAVING_TIME
         assert pod["subdomain"] == service["metadata"]["name"] == job["metadata"]["name"]
         assert {"name": "shm", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
         mounts = {mount["mountPath"] for mount in container["volumeMounts"]}

@@ -1,4 +1,6 @@
 """The flags of the recipe that change a step: gradients over several batches, frozen BN, weights of classes."""
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torch.nn.functional as F
 from conftest import ROOT, error_line, metrics, run, state, timeless, train, train_flags
 from spoiled_steps import spoiled
 
+import train as train_module
 from train import losses_of
 from voc import IGNORE
 
@@ -40,6 +43,20 @@ def test_accumulated_batches_are_one_batch(drawn_voc, one_batch, tmp_path, flags
     if "--device_list" not in flags:  # the logged loss is rank 0's
         losses = [[line["loss"] for line in metrics(folder) if "loss" in line] for folder in (one_batch, tmp_path)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_device_holds_one_of_the_accumulated_batches_at_a_time(drawn_voc, tmp_path, monkeypatch):
+    alive, prepare, most = set(), train_module.prepare_batch, []
+
+    def preparing(*arguments):
+        images, labels = prepare(*arguments)
+        alive.add(number := len(most))
+        weakref.finalize(images, alive.discard, number)
+        most.append(len(alive))
+        return images, labels
+    monkeypatch.setattr("train.prepare_batch", preparing)
+    train(drawn_voc, tmp_path, "--accumulate", 4, "--max_iters", 1)
+    assert len(most) == 4 and max(most) <= 2  # the one before is let go of once its successor is there
 
 
 def test_an_accumulating_run_resumes_exactly(drawn_voc, tmp_path):

@@ -10,7 +10,7 @@ from conftest import ROOT
 @pytest.fixture
 def command(tmp_path):
     """Runs a script where the stand-in is the Python and `cuda` tells what PyTorch sees. -> the arguments it got"""
-    def start(script, *arguments, npu=False, cuda=False):
+    def start(script, *arguments, npu=False, cuda=False, **variables):
         folder = tmp_path / f"bin{npu}{cuda}"
         folder.mkdir(exist_ok=True)
         names = {"python": f'case "$*" in *cuda.is_avail*) exit {int(not cuda)} ;; -c*) ;; *) echo "$@" ;; esac'}
@@ -18,7 +18,7 @@ def command(tmp_path):
             (folder / name).write_text(f"#!/bin/sh\n{body}\n")
             (folder / name).chmod(0o755)
         done = subprocess.run(["bash", ROOT / script, *arguments], cwd=tmp_path, capture_output=True, text=True, env={
-            **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": "python"})
+            **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": "python", **variables})
         assert done.returncode == 0, done.stderr
         return done.stdout.replace(f"{ROOT}/", "").split()
     return start
@@ -86,6 +86,13 @@ def test_run_8p_val_scores_the_latest_checkpoint(command, flags, folder):
         "--data_path", "data", "--split=val"]
 
 
+@pytest.mark.parametrize("script", ("run_1p.sh", "run_8p.sh"))
+def test_a_work_dir_of_an_unset_variable_is_one_line(script, tmp_path):
+    done = subprocess.run(["bash", ROOT / script, "--val", "--work_dir=", "--data_path=data"], cwd=tmp_path,
+                          capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert done.returncode == 1 and done.stderr.endswith(f"{script}: --work_dir takes a value, not ''\n")
+
+
 @pytest.mark.parametrize("flags", (("--device_id=1",), ("--device-id", "1"), ("--val", "--device_id", "1")))
 def test_run_8p_says_that_it_takes_a_list_of_devices(flags, tmp_path):
     done = subprocess.run(["bash", ROOT / "run_8p.sh", "--data_path=data", *flags], cwd=tmp_path, capture_output=True,
@@ -101,6 +108,13 @@ def test_run_1p_val_scores_the_latest_checkpoint(command, flags, folder):
     passed_on = [flag for flag in flags if "id" in flag]
     assert command("run_1p.sh", *flags, "--val", "--data_path", "data", "--split=val") == [
         "evaluate.py", f"{folder}/ckpt/latest.pth", *passed_on, "--data_path", "data", "--split=val"]
+
+
+@pytest.mark.parametrize("npu, flags, folder", (
+    (True, (), "output/3/FCN"), (True, ("--device_id=1",), "output/1/FCN"), (True, ("--device=cpu",), "output/0/FCN"),
+    (False, ("--device", "npu"), "output/3/FCN"), (False, (), "output/0/FCN")))
+def test_run_1p_val_looks_where_ascend_device_id_made_train_write(command, npu, flags, folder):
+    assert command("run_1p.sh", "--val", *flags, npu=npu, ASCEND_DEVICE_ID="3")[1] == f"{folder}/ckpt/latest.pth"
 
 
 def test_run_1p_without_data_shows_every_command(command):
