@@ -30,6 +30,7 @@ HIDES = {kind: f" ({name} is '{os.environ[name]}')" for kind, name in VISIBLE.it
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # that torchrun sets
 LAUNCH_FLAGS = ("nnodes", "node_rank", "master_addr", "master_port", "local_addr", "max_restarts")  # torchrun's own
 RANKS = ("torchrun", "tasks")  # see `started`
+HANDLED = "PET_SIGNALS_TO_HANDLE"  # torchrun's; `launch` sets it, so that its ranks know that they are
 DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 29500  # torchrun's
 DEFAULT_TIMEOUT = 600  # seconds, NCCL's; enough for rank 0 to write a checkpoint while the others wait
 
@@ -78,7 +79,7 @@ def check_device_flags(parser, args):
         useless["device_id"] = "with --device_list or torchrun: each process has its own device"
     else:
         useless["timeout"] = "without --device_list: there is nobody to wait for"
-    if not args.device_list:
+    if not args.device_list or how in RANKS and HANDLED not in os.environ:
         useless.update(dict.fromkeys(LAUNCH_FLAGS, "without --device_list, nor with torchrun, which has its own"))
     for flag, reason in useless.items():
         if getattr(args, flag) is not None:
@@ -249,7 +250,7 @@ def launch(args, script):
     for name in [name for name in os.environ if name.startswith("PET_")]:
         del os.environ[name]  # an operator's, for torchrun; flags here would not win over all of them
     stops = [stop.name for stop in cli.STOP_SIGNALS if signal.getsignal(stop) is not signal.SIG_IGN]  # as by nohup
-    os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join([*stops, "SIGQUIT"])
+    os.environ[HANDLED] = ",".join([*stops, "SIGQUIT"])
     logging.disable(logging.CRITICAL)  # torchrun's report; the ranks say what is wrong
     if args.local_addr:
         check_local_address(args.local_addr)

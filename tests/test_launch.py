@@ -4,6 +4,8 @@ import shutil
 import pytest
 from conftest import ROOT, assert_same_run, error_line, finish, free_port, run, start, train, train_flags
 
+from train import parse_args
+
 TRAIN = ROOT / "train.py"
 ELSEWHERE = """
 import argparse, importlib.util, logging, multiprocessing, runpy, subprocess, sys, tempfile
@@ -24,6 +26,20 @@ def test_a_part_of_a_schedulers_variables_is_one_line(environment, words, drawn_
         command = train_flags(drawn_voc, tmp_path / "run") if script == TRAIN else ("file", "--data_path", drawn_voc)
         line = error_line(script, *command, status=2, env=environment)
         assert words in line and "unset WORLD_SIZE" in line
+
+
+def test_flags_of_the_launcher_are_refused_where_torchrun_was_called_by_hand(drawn_voc, tmp_path):
+    environment = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    arguments = ["--data_path", str(drawn_voc), "--device_list", "0,1", "--nnodes", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            parse_args(arguments)
+        assert ended.value.code == 2
+        patch.setenv("PET_SIGNALS_TO_HANDLE", "SIGTERM")  # as `launch` does
+        assert parse_args(arguments).nnodes == 1
 
 
 @pytest.mark.parametrize("environment", ({"WORLD_SIZE": ""}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "", "RANK": ""}))
