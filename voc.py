@@ -352,8 +352,8 @@ class VOC(Dataset):
             used = np.flatnonzero(pixels).tolist()
             wrong = [value for value in used if num_classes <= value != IGNORE]
             if wrong:
-                raise UserError(f"{path}: label value {wrong[0]} is no class; valid are 0..{num_classes - 1}, and "
-                                f"{IGNORE} for pixels to ignore")
+                return (f"{path}: label value {wrong[0]} is no class; valid are 0..{num_classes - 1}, and {IGNORE} for "
+                        "pixels to ignore")
             unseen = orientation in (2, 3, 4) or orientation > 4 and label.shape[0] == label.shape[1]
             digest = digest_of(self.image_path(image_id))
             return Look(label.shape, pixels, used_colours(table, used), unseen, digest, path)

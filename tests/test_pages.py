@@ -154,6 +154,15 @@ def test_the_memory_of_a_backbone_is_the_same_on_each_page():
         assert memory and all(memory.strip("| ").rpartition("| ")[2] in readme for readme in readmes), name
 
 
+def test_each_row_of_what_was_tried_names_its_tests():
+    rows = (ROOT / "docs/reliability.md").read_text().split("| --- | --- | --- |\n")[1].split("\n\n")[0].splitlines()
+    for named in (re.findall(r"`(\w+\.py)`: ([^;|]+)", line) for line in rows):
+        for file, tests in named:
+            text = (ROOT / "tests" / file).read_text()
+            assert all(f"\ndef test_{name}(" in text for name in re.findall(r"`(\w+)`", tests)), tests
+        assert named
+
+
 def test_the_table_of_speed_was_measured():
     text = (ROOT / "docs/speed.md").read_text()
     rows = text.split("<!-- speed -->")[1].split("<!-- end of speed -->")[0].strip().splitlines()
