@@ -20,7 +20,7 @@ def test_a_second_performance_run_measures_anew(drawn_voc, tmp_path):
     assert [line["iter"] for line in metrics(work_dir)] == [1, 1] and read(work_dir / "run.json").count('"time"') == 1
 
 
-def test_a_missing_font_is_noted_where_pictures_are_drawn(drawn_voc, tmp_path, monkeypatch):
+def test_a_missing_font_is_noted_where_pictures_are_drawn(drawn_voc, tmp_path, monkeypatch, pictures):
     monkeypatch.setattr("visualize.missing_font", lambda names: "no font")
     assert "note: no font\n" in train(drawn_voc, tmp_path / "run", "--max_iters", 1).stdout
     assert "no font" not in train(drawn_voc, tmp_path / "speed", "--max_iters", 1, "--performance").stdout

@@ -23,17 +23,17 @@ def fault_of_this_rank(*kinds):
 
 
 def spoil_reading(voc):
-    def read_image(path, read=voc.read_image):
+    def decode_image(path, decode=voc.decode_image):
         kind = fault_of_this_rank("bug", "kill", "block")
         if kind is None:
-            return read(path)
+            return decode(path)
         if kind == "bug":
             raise RuntimeError("a bug")
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         return time.sleep(1000)
 
-    voc.read_image = read_image
+    voc.decode_image = decode_image
 
 
 def spoil_evaluation(inference):

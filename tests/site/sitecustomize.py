@@ -35,7 +35,7 @@ def draw_nothing(inference):
     inference.draw = inference.draw_data = lambda *arguments: None
 
 
-CHANGES = {"fcn8s": [add_backbones], "inference": [draw_nothing] if "NO_PICTURES" in os.environ else [], "voc": []}
+CHANGES = {"fcn8s": [add_backbones], "inference": [draw_nothing] if os.environ.get("NO_PICTURES") else [], "voc": []}
 if "fcn8s" in sys.modules:
     add_backbones(sys.modules["fcn8s"])
 else:
