@@ -64,11 +64,13 @@ if PROG in COMMANDS:  # not where somebody imports a module of ours, say in a no
 
 
 class UserError(ValueError):
-    """An error the user can fix: one line that names the file, the value and a hint. Every other exception is a bug.
+    """An error the user can fix: one line that names the file, the value and a hint.
 
-    What may pass by itself, a full disk or a lost process, is an OSError. late: raised after the first iteration
+    An OSError is one line, too: it may pass by itself, as a full disk or a lost process does.
     """
-    late = False
+
+
+LASTING = (UserError, PermissionError, FileNotFoundError, NotADirectoryError)  # another attempt would raise them again
 
 
 def first_line(error):
@@ -141,7 +143,7 @@ def device_list(text):
 def class_weights(text):
     """An argparse type: a file with a number of at least 0 on each line -> tuple of float."""
     try:
-        weights = tuple(map(number(0, math.inf, float), file_path(text).read_text(encoding="utf-8").split()))
+        weights = tuple(map(number(0, math.inf, float), file_path(text).read_text(encoding="utf-8-sig").split()))
     except (OSError, UnicodeDecodeError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {getattr(error, 'strerror', error)}") from None
     if not any(weights):
@@ -226,8 +228,8 @@ class Stop(contextlib.ExitStack):
         self.callback(signal.alarm, 0)
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, UserError):
-            error.late = self.trains
+        if error:
+            error.late = self.trains  # raised after the first iteration
         return super().__exit__(kind, error, trace)
 
     def record(self, number, frame):
@@ -396,7 +398,7 @@ def run(main, parse_args):
             status, message = 1, message_of(error)
         if message and first_to("failed"):
             print(message, file=sys.stderr)
-            if isinstance(error, UserError) and not error.late:
+            if isinstance(error, LASTING) and not getattr(error, "late", False):
                 first_to("refused")
     # No finalization of Python: it would end a thread of gloo or of a loader that takes the GIL meanwhile, inside a C++
     # destructor, which aborts the process (PyTorch's issues 38228 and 190489).

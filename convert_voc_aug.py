@@ -111,7 +111,7 @@ def convert(mat, png):
     for path in (mat, png):
         if path.exists() and not path.is_file():  # opening a FIFO would block
             return f"{path}: is not a file; delete it and run the same command again"
-    if len(mat.stem.split()) != 1 or not mat.stem.isprintable():  # the lists are split at white space
+    if len(mat.stem.split()) != 1 or not mat.stem.isprintable():  # the list has an id a line
         return f"{mat}: its name is not an image id; rename or delete it"
     if is_done(mat, png):
         return None

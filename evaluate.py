@@ -13,11 +13,11 @@ from cli import MAX_BATCH, PROG, Parser, UserError, file_path, number, run  # is
 import device
 import visualize
 from amp import place
-from data import CLASS_NAMES, check_scored, open_split, val_batches
+from data import check_scored, open_split, val_batches
 from files import as_json, check_no_overlap, check_writable, output_file, remove_leftovers, write_summary
 from inference import Protocol, add_protocol_flags, check_protocol, evaluate
 from metrics import MEANS, for_json, format_table, scores_of, summary
-from voc import LISTS, first_of, read_classes
+from voc import CLASS_NAMES, LISTS, first_of, read_classes
 from weights import Checkpoint, add_network_flags
 
 CONFUSION = "confusion.png"  # in --save_dir
@@ -164,7 +164,7 @@ def picture_writer(args, data, names, colours):
     if len(set(targets)) < len(targets):
         twice = next(file for file in targets if targets.count(file) > 1)
         raise UserError(f"--save_dir {folder}: two pictures would be {twice}; rename that image, or take another list")
-    check_no_overlap(data.files(), targets, f"--save_dir {folder}")
+    check_no_overlap([*data.files(), *filter(None, [args.json])], targets, f"--save_dir {folder}")
     check_writable(folder)
     remove_leftovers({file.parent for file in targets})
 

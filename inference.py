@@ -36,7 +36,7 @@ def add_protocol_flags(parser):
                           "mmsegmentation's, the image's own size for torchfcn's)")
     how.add_argument("--pad_to", type=number(0, MAX_SIDE), metavar="N",
                      help="pad each image right and bottom to N x N pixels, so that every shape is the same; 0: no "
-                          "padding (default: the checkpoint's)")
+                          "padding (default: the checkpoint's; with --scale, --ratios or --slide none)")
     how.add_argument("--ratios", type=number(0, 100, float, without=(0,)), nargs="+", metavar="R", default=(1.0,),
                      help="average over these multiples of the scale, say 0.5 0.75 1.0 1.25 1.5 1.75 (default: 1)")
     how.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
@@ -92,7 +92,8 @@ class Protocol:
         return cls(**{field.name: getattr(args, field.name, field.default) for field in dataclasses.fields(cls)})
 
     def with_scale_of(self, checkpoint):
-        """The same; a scale of None becomes the checkpoint's, and then a pad_to of None its padding. 0 stays."""
+        """The same, but a scale of None becomes the checkpoint's. Then, without windows or ratios, a pad_to of None
+        becomes its padding, too; one of 0 stays."""
         if self.scale:
             return self
         pad_to = self.pad_to

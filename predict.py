@@ -37,7 +37,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    """Labels photographs, each read once. One that cannot be labelled is an error line and status 1."""
+    """Labels photographs, one after the other. One that cannot be labelled is an error line and status 1."""
     found, skipped = find_photographs(args.photographs, args.save_dir)
     paths, problems = {}, []
     for path, name in found.items():

@@ -38,7 +38,7 @@ from data import first_samples, open_checked, train_batches, val_batches
 from device import add_device_flags, check_device_flags, join_ranks, launch, must_launch, readable_errors
 from fcn8s import BACKBONES, DEFAULT_BACKBONE, FCN8s
 from inference import Protocol, check_scales, draw, draw_data, evaluate
-from metrics import WARM_UP_ITERS, Speed, peak_memory, scores_of
+from metrics import Speed, peak_memory, scores_of
 from transforms import prepare, prepare_batch
 from voc import CLASS_NAMES, IGNORE, palette
 from weights import load_resumed, load_start, resume
@@ -172,10 +172,6 @@ def check_flags(parser, args):
         parser.error("--performance and --resume do not go together: a performance run always starts afresh")
     if args.max_restarts and args.resume != "auto":
         parser.error("--max_restarts needs --resume auto, or a restarted run would find its own folder taken")
-    for flag in ("eval_interval", "checkpoint_interval"):
-        if args.performance and getattr(args, flag) <= WARM_UP_ITERS and getattr(args, flag) < args.max_iters:
-            parser.error(f"--performance --{flag} {getattr(args, flag)}: pauses so often that nothing is left to "
-                         f"measure; it takes more than {WARM_UP_ITERS}")
     if args.at_once and args.pretrained in ("imagenet", "none"):
         parser.error(f"--at_once has no effect with --pretrained {args.pretrained}")
 
@@ -189,6 +185,15 @@ def learning_rate(iteration, args):
     """
     share_left = 1 - iteration / args.max_iters
     return (args.lr - args.min_lr) * share_left ** args.power + args.min_lr
+
+
+def recipe_lines(args, model):
+    """The recipe, for the log. What is changed below, or in transforms.py, is changed here, too."""
+    loss = "cross entropy" if model.auxiliary_head is None else f"main + {AUX_WEIGHT} x auxiliary"
+    return (f"recipe: SGD, lr {args.lr} to {args.min_lr} by a polynomial of power {args.power}, momentum "
+            f"{args.momentum}, weight decay {args.weight_decay}; loss: {loss}\n"
+            f"augmentation: fitted into {args.scale[0]}x{args.scale[1]}, times 0.5 to 2; crop {args.crop_size}, flip, "
+            "photometric distortion")
 
 
 def losses_of(outputs, labels, class_weights=None):
@@ -308,7 +313,8 @@ def main(args):
             work_dir.open(start, progress, last, args.tensorboard)
             work_dir.add_record(args, data, device, origin)
         del start  # it holds the weights and the momentum once more
-        work_dir.log(start_lines(args, ranks, data, protocol, model, precision, last, origin, work_dir, AUX_WEIGHT))
+        work_dir.log(start_lines(args, ranks, data, protocol, model, precision, last, origin, work_dir,
+                                recipe_lines(args, model)))
         if work_dir.writes and (args.check or not args.performance):
             draw_data(work_dir, data, first_samples(data.train, args, progress.samples), model.form, device)
         if args.check:
@@ -414,8 +420,7 @@ def main(args):
                     evaluate_now()
                 speed.start()
         progress.seconds = time.perf_counter() - began
-        if work_dir.writes:
-            work_dir.finish(args, progress, ranks)
+        work_dir.finish(args, progress, ranks)
         return ranks.leave()
 
 

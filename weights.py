@@ -38,7 +38,6 @@ RUN = {"meta": {"args": dict, "ranks": int, "digests": {"train": str, "val": str
        "optimizer": {"state": dict},
        "progress": {"iteration": COUNT, "evaluated": COUNT, "samples": COUNT, "best": FLOAT, "best_iteration": COUNT,
                     "sums": (FLOAT,) * 5, "skipped": COUNT, "seconds": FLOAT}}
-BN_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 STATES = ("state_dict", "model_state_dict", "model")  # keys of the weights in files that hold more
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # what DataParallel and torch.compile put before a name
 KEYS_SHOWN = 3
@@ -197,11 +196,11 @@ def is_whole(our_meta, training, state):
         return False
     if training is None or not fits({**training, "meta": our_meta}, RUN):
         return training is None
-    shapes = enumerate(value.shape for key, value in state.items() if not key.endswith(BN_STATISTICS))
-    states = training["optimizer"]["state"].items()  # of the parameters, by their numbers
-    return all(fits(state, {"momentum_buffer": torch.Tensor | None}) for _, state in states) and {
-        (number, state["momentum_buffer"].shape) for number, state in states if state["momentum_buffer"] is not None
-    } <= set(shapes)
+    if not fits([*training["optimizer"]["state"].values()], [dict]):
+        return False
+    values = [value for own in training["optimizer"]["state"].values() for value in own.values()]
+    shapes = [value.shape for value in values if isinstance(value, torch.Tensor) and value.ndim]  # of momentum
+    return set(shapes) <= {value.shape for value in state.values()}
 
 
 def named_classes(others_meta, num_classes):
@@ -364,18 +363,19 @@ def load_resumed(model, args, data, ranks, start):
 
 def resume(args, optimizer, precision, data, start, progress):
     """Loads the training state of a Checkpoint. `progress` becomes the checkpoint's. -> its iteration"""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         precision.load_state_dict(start.training["precision"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # a state of another kind
+        # Momentum alone: the groups' settings are this run's. What the checkpoint lacks stays zero.
+        for number, state in start.training["optimizer"]["state"].items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    # Fused SGD reads parameter and momentum in storage order, which differs between devices.
+                    like = parameters[number] if value.ndim else value  # of one value: a step's number, say Adam's
+                    optimizer.state[parameters[number]][name] = torch.empty_like(like).copy_(value)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:  # a state of another kind
         raise UserError(f"{start.source}: its training state does not fit ({first_line(error)}); start from its "
                         f"weights with --pretrained {start.source}") from None
-    # Momentum alone: the groups' settings are this run's. What the checkpoint lacks stays zero.
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, state in start.training["optimizer"]["state"].items():
-        if state["momentum_buffer"] is not None:
-            # Fused SGD reads parameter and momentum in storage order, which differs between devices.
-            momentum = torch.empty_like(parameters[number]).copy_(state["momentum_buffer"])
-            optimizer.state[parameters[number]]["momentum_buffer"] = momentum
     vars(progress).update(start.training["progress"])
     was = start.meta["digests"]["val"], start.scale(), start.meta["args"].get("pad_to")
     if was != (data.digests()["val"], args.val_scale, args.pad_to):  # scores of another evaluation are not comparable

@@ -280,6 +280,8 @@ class WorkDir(contextlib.ExitStack):
 
     def finish(self, args, progress, ranks):
         """Writes result.json and the summary, both from metrics.jsonl, and logs how to look at the run."""
+        if not self.writes:
+            return
         lines = self.metrics()
         logged = [line for line in lines if "loss" in line]
         scored = [line for line in lines if "mIoU" in line]
@@ -332,8 +334,8 @@ def memory_hint(args):
     return f"{mixed}--batch_size {size} --accumulate {batches} needs less for the same step"
 
 
-def start_lines(args, ranks, data, protocol, model, precision, last, origin, work_dir, aux_weight):
-    """What a run is, and its recipe, as text. protocol: of its evaluations; origin: of the weights; last: iteration"""
+def start_lines(args, ranks, data, protocol, model, precision, last, origin, work_dir, recipe):
+    """What a run is, as text. recipe: lines; protocol: of its evaluations; origin: of the weights; last: iteration"""
     images = args.batch_size * args.accumulate * ranks.count
     batch = " x ".join(str(n) for n in (ranks.count, args.batch_size, args.accumulate)[:2 + (args.accumulate > 1)])
     flags = {"sync_bn": "synchronised BN", "compile": "compiled", "freeze_bn": "frozen BN",
@@ -351,11 +353,7 @@ def start_lines(args, ranks, data, protocol, model, precision, last, origin, wor
         f"data: {args.data_path}, {len(data.classes)} classes, {len(data.train):,} images of '{data.train.split}', "
         f"{len(data.val):,} of '{data.val.split}'" + (data.origin and f"; {data.origin}"),
         f"training: {last:,} iterations of {batch} = {images} images, {last * images / len(data.train):.1f} epochs",
-        f"recipe: SGD, lr {args.lr} to {args.min_lr} by a polynomial of power {args.power}, momentum {args.momentum}, "
-        f"weight decay {args.weight_decay}; loss: "
-        + ("cross entropy" if model.auxiliary_head is None else f"main + {aux_weight} x auxiliary"),
-        f"augmentation: fitted into {args.scale[0]}x{args.scale[1]}, times 0.5 to 2; crop {args.crop_size}, flip, "
-        "photometric distortion",
+        recipe,
         f"evaluation: images {protocol}",
         f"files: {work_dir.path}", *(f"note: {note}" for note in notes if note),
         *(data_lines(data) if args.check else [])])

@@ -1,5 +1,6 @@
 """What the docstrings promise: a schedule is one function, a backbone a class and a row, a data set one class."""
 import pytest
+import tiny_network
 import torch
 from conftest import ROOT, error_line, metrics, run, state, train
 from torch import nn
@@ -66,6 +67,25 @@ def test_another_backbone_trains_and_is_scored(monkeypatch, drawn_voc, tmp_path)
     run(ROOT / "predict.py", best, next((drawn_voc / "JPEGImages").iterdir()), "--device", "cpu", "--save_dir",
         tmp_path / "pictures")
     assert list((tmp_path / "pictures").rglob("*.png"))
+
+
+def test_another_optimizer_and_a_frozen_layer_with_a_buffer_resume(monkeypatch, drawn_voc, tmp_path):
+    class Frozen(tiny_network.Tiny):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(3))
+            next(self.children()).requires_grad_(False)
+    monkeypatch.setitem(fcn8s.BACKBONES, "tiny", fcn8s.Backbone(Frozen))
+    monkeypatch.setattr(train_module, "fused_sgd", lambda parameters, *rest: torch.optim.AdamW(
+        [parameter for parameter in parameters if parameter.requires_grad], 1e-3))
+    train(drawn_voc, tmp_path / "whole", "--checkpoint_interval", 2)
+    first = tmp_path / "whole/ckpt/iter_2.pth"
+    train(drawn_voc, tmp_path / "part", "--resume", first)
+    whole, part = (state(tmp_path / name / "ckpt/latest.pth") for name in ("whole", "part"))
+    assert all(torch.equal(value, part["state_dict"][key]) for key, value in whole["state_dict"].items())
+    assert not torch.equal(whole["state_dict"]["decode_head.score_fr.bias"], state(first)["state_dict"][
+        "decode_head.score_fr.bias"])
+    run(ROOT / "evaluate.py", tmp_path / "part/ckpt/latest.pth", "--data_path", drawn_voc, "--device", "cpu")
 
 
 class Squares(Dataset):
