@@ -283,9 +283,11 @@ def test_an_error_of_the_user_is_not_repeated_by_restarts(drawn_voc, tmp_path):
     done = run("-m", "torch.distributed.run", "--standalone", "--max_restarts", 1, ROOT / "train.py",
                *train_flags(drawn_voc, tmp_path / "run"), status=1)
     assert done.stderr.count("holds a run already") == 1 and (tmp_path / "run/metrics.jsonl").read_text() == before
-    line = error_line(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), "--max_restarts", 1,
-                      "--device_list", 0, status=2)
+    flags = ("--max_restarts", 1, "--device_list", 0)
+    line = error_line(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), *flags, status=2)
     assert "--max_restarts needs --resume auto" in line
+    line = error_line(ROOT / "train.py", *train_flags(drawn_voc, "/proc/run"), *flags, "--resume", "auto")
+    assert "/proc/run: cannot be written to" in line
 
 
 def test_restarts_repeat_an_error_of_the_user_only_after_the_first_iteration(own_drawn_voc, tmp_path):

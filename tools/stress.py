@@ -7,6 +7,7 @@ twins'.
 import argparse
 import collections
 import contextlib
+import filecmp
 import os
 import random
 import shutil
@@ -85,7 +86,8 @@ class Disturbed:
     def older(self):
         """The whole checkpoints that are not the newest."""
         newest = self.folder.newest()
-        return [path for path in self.folder.saved() if whole(path) and not os.path.samefile(path, newest.source)]
+        return [path for path in self.folder.saved()
+                if whole(path) and not filecmp.cmp(path, newest.source, False)]  # a copied folder has no hard links
 
     def damage(self):
         """Flips a bit of the newest checkpoint, where another one is whole."""
