@@ -188,11 +188,16 @@ def finish(process, status):
 def left_of(process):
     """The ids of the processes that are left of a started command, in any session: torchrun gives each rank its own."""
     left = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    for path in processes():
         with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
-            if process.mark.encode() in path.read_bytes():  # empty once it has ended
-                left.append(int(path.parent.name))
+            if process.mark.encode() in (path / "environ").read_bytes():  # empty once it has ended
+                left.append(int(path.name))
     return left
+
+
+def processes():
+    """The folders in /proc. Path.glob looks into them, and raises for a process that ends meanwhile."""
+    return [Path("/proc", name) for name in os.listdir("/proc") if name.isdecimal()]
 
 
 def free_port():
@@ -207,11 +212,11 @@ def free_port():
 def children_of(pid):
     """The ids of a process's children that have not ended: of a launcher the ranks, of a rank the workers."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for path in processes():
         with contextlib.suppress(OSError):
-            state, parent = path.read_text().rpartition(") ")[2].split()[:2]
+            state, parent = (path / "stat").read_text().rpartition(") ")[2].split()[:2]
             if state != "Z" and int(parent) == pid:
-                found.append(int(path.parent.name))
+                found.append(int(path.name))
     return found
 
 
