@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
-from conftest import REAL_VOC, ROOT
+from conftest import REAL_VOC, ROOT, processes
 from PIL import Image
 
 import convert_voc_aug
@@ -131,10 +131,10 @@ def test_a_second_run_keeps_good_labels_and_replaces_damaged_ones(devkit):
 def command_lines(words):
     """The processes with these words in their command lines. -> {pid}"""
     found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in processes():
         with contextlib.suppress(OSError):  # it has just ended
-            if words in path.read_text():
-                found.add(int(path.parent.name))
+            if words in (path / "cmdline").read_text():
+                found.add(int(path.name))
     return found
 
 
