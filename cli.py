@@ -40,7 +40,7 @@ def end_with_parent(number, parent):
         os._exit(128 + number)
 
 
-if PROG in COMMANDS:  # not where somebody imports a module of ours, say in a notebook
+if PROG in COMMANDS and Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # not imported elsewhere
     if sys.platform != "linux":  # macOS lacks /proc and prctl
         sys.exit(f"{PROG}: error: runs on Linux; on Windows, use WSL2; on macOS, a Linux container")
     for stop in STOP_SIGNALS if os.getpid() == 1 else ():  # in a container; a signal's default does not end process 1
@@ -301,10 +301,10 @@ def kill_children():
 class Output(io.FileIO):
     """stdout (1) or stderr (2). It waits for a reader that is behind, but not after a stop signal.
 
-    The first OSError of stdout is raised; what follows, and what the buffer keeps, is dropped. All of stderr's are
-    dropped: messages and progress that nobody can read end no command.
+    What cannot be written is dropped: a message that nobody can read interrupts no command.
     """
     stopping = False  # this process got a stop signal
+    problem = None  # the first OSError of stdout
     lost = False  # nobody reads this
 
     def write(self, data):
@@ -316,10 +316,10 @@ class Output(io.FileIO):
                 if Output.stopping:
                     raise OSError(None, "nobody reads it")
             return super().write(data[:select.PIPE_BUF])
-        except OSError:
+        except OSError as error:
             self.lost = True
             if self.fileno() == 1:
-                raise
+                Output.problem = OSError(error.errno, f"the output cannot be written to ({error.strerror})")
             return len(data)
 
 
@@ -382,6 +382,9 @@ def run(main, parse_args):
             line_buffering=stream.line_buffering or stream.write_through))  # the second: python -u
     try:
         status = main(parse_args())
+        sys.stdout.flush()
+        if not status and Output.problem:
+            raise Output.problem
         kill_children()
     except BaseException as error:
         # While the exception holds its frames: a DataLoader would wait 5 s for each worker when they are freed.

@@ -181,9 +181,10 @@ def image_of(photograph):
     if isinstance(photograph, Image.Image):
         photograph = np.array(to_rgb(ImageOps.exif_transpose(photograph)))
     if isinstance(photograph, np.ndarray):
-        if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3:
+        if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3 or not photograph.size:
             raise UserError(f"an array is uint8 [H, W, 3], not {photograph.dtype} {list(photograph.shape)}")
-        return torch.from_numpy(photograph).permute(2, 0, 1)
+        # A copy: PyTorch takes no negative strides, as of [..., ::-1], and nothing read-only.
+        return torch.from_numpy(np.array(photograph)).permute(2, 0, 1)
     if not Path(photograph).exists():
         raise UserError(f"{photograph}: there is no such photograph, or it is a link that leads nowhere")
     return read_image(Path(photograph))

@@ -12,7 +12,7 @@ import visualize
 from device import add_one_device_flags, describe, readable_errors
 from files import check_no_overlap, check_writable, output_file, remove_leftovers
 from inference import Predictor, Protocol, add_protocol_flags, check_protocol, image_of
-from voc import heic_hint, id_of, is_readable, opened, walk
+from voc import LABEL_FOLDERS, heic_hint, id_of, is_readable, opened, walk
 from weights import add_network_flags
 
 
@@ -48,6 +48,8 @@ def main(args):
                for name in paths}
     every_target = [target for files in written.values() for target in files]
     check_no_overlap(found, every_target, f"--save_dir {args.save_dir}")
+    if args.save_dir.name in LABEL_FOLDERS and any(target.exists() for target in every_target):
+        raise UserError(f"--save_dir {args.save_dir}: holds labels of these photographs; name another folder")
     check_writable(args.save_dir)
     remove_leftovers({target.parent for target in every_target})
     if args.csv:

@@ -329,12 +329,25 @@ def load_exactly(module, state, source):
 
 # ---- resuming
 
+def images_of(digests, name):
+    """The digests of the images of a list, as a set; empty if they are not known."""
+    return set((digests or {}).get(name, ()))
+
+
+def same_list(meta, data, name):
+    """True if the list `name`, train or val, has the ids that it had for the checkpoint, and the same images."""
+    was, now = images_of(meta.get("images"), name), images_of(data.images, name)
+    return meta["digests"][name] == data.digests()[name] and (was == now or not (was and now))
+
+
 def load_resumed(model, args, data, ranks, start):
     """Loads the weights of `start`, the Checkpoint to resume from. -> its origin and what has changed since, as text
 
     Raises UserError if it cannot be the same run.
     """
     meta, source, iteration, problem = start.meta, start.source, start.iteration(), None
+    trained, scored = (images_of(meta.get("images"), name) for name in ("train", "val"))
+    renamed = images_of(data.images, "val") & trained - scored
     if start.training is None:
         problem = f"holds no training state; start from its weights with --pretrained {source}"
     elif (start.backbone, meta.get("num_classes")) != (model.backbone_name, model.num_classes):
@@ -347,6 +360,9 @@ def load_resumed(model, args, data, ranks, start):
         problem = f"is of a run with --seed {meta['args'].get('seed')}, not {args.seed}; a run keeps its seed"
     elif iteration > args.max_iters:
         problem = f"is of iteration {iteration}, past --max_iters {args.max_iters}"
+    elif data.lists and renamed:
+        problem = (f"was trained on {len(renamed)} images that now have names of its list to evaluate on; give images "
+                   "their old names, or name another --work_dir")
     if problem:
         raise UserError(f"{source}: {problem}")
     model.use_form(start.form)
@@ -356,8 +372,8 @@ def load_resumed(model, args, data, ranks, start):
     pairs += [(f"--{name}", tuple(was) if isinstance(was, list) else was, getattr(args, name))
               for name, was in {"val_scale": meta.get("scale"), **meta["args"]}.items() if hasattr(args, name)]
     changed = [f"{name} {was} -> {now}" for name, was, now in pairs if str(was) != str(now)]
-    changed += [f"the list '{getattr(data, name).split}' holds other images" for name, now in data.digests().items()
-                if now != meta["digests"][name]]
+    changed += [f"the list '{getattr(data, name).split}' holds other images" for name in ("train", "val")
+                if not same_list(meta, data, name)]
     return "; ".join([f"{source}, iteration {iteration}", *changed])
 
 
@@ -377,7 +393,9 @@ def resume(args, optimizer, precision, data, start, progress):
         raise UserError(f"{start.source}: its training state does not fit ({first_line(error)}); start from its "
                         f"weights with --pretrained {start.source}") from None
     vars(progress).update(start.training["progress"])
-    was = start.meta["digests"]["val"], start.scale(), start.meta["args"].get("pad_to")
-    if was != (data.digests()["val"], args.val_scale, args.pad_to):  # scores of another evaluation are not comparable
+    was = start.scale(), start.meta["args"].get("pad_to")
+    if was != (args.val_scale, args.pad_to) or not same_list(start.meta, data, "val"):
+        # Scores of another evaluation are not comparable. That of this iteration is taken anew.
         progress.best, progress.best_iteration = -1.0, 0
+        progress.evaluated = min(progress.evaluated, progress.iteration - 1)
     return progress.iteration

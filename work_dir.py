@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import files
-from cli import UserError
+from cli import Output, UserError
 from device import describe
 from metrics import MEANS, class_table, for_json, format_table, number, summary
 from weights import Checkpoint
@@ -163,11 +163,11 @@ class WorkDir(contextlib.ExitStack):
         """Prints a text, above a progress bar, and adds it to the log file once the folder exists."""
         if not self.writes:
             return
-        try:
-            tqdm.write(text)
-            sys.stdout.flush()
-        except OSError as error:  # a closed pipe or terminal, a full disk
-            text += f"\nnote: the output cannot be written to ({error.strerror}); this log has every line"
+        tqdm.write(text)
+        sys.stdout.flush()
+        if Output.problem:  # a closed pipe or terminal, a full disk
+            text += f"\nnote: {Output.problem.strerror}; this log has every line"
+            Output.problem = None
         if self.path.is_dir():
             append(self.log_path, text)
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import select
+import shlex
 import shutil
 import signal
 import stat
@@ -165,6 +166,21 @@ def outputs(checkpoint, photographs, data, folder):
             ([EVALUATE, voc, "--device", "cpu", "--data_path", data, "--max_images", 1, "--workers", 0, "--json"],
              lambda content: json.loads(content)["images"] == 1),
             ([EXPORT, checkpoint], lambda content: onnx.load_from_string(content).ir_version > 0)]
+
+
+def test_a_command_whose_output_cannot_be_written_to_finishes(checkpoint, photographs, tmp_path):
+    """Then it says so, with status 1."""
+    flags = ("--device", "cpu", "--save_dir", tmp_path / "out", "--csv", tmp_path / "shares.csv")
+    command = shlex.join(map(str, (sys.executable, PREDICT, checkpoint, photographs, *flags)))
+    done = subprocess.run(["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True, env=environment())
+    assert done.returncode == 1 and (tmp_path / "shares.csv").is_file() and list((tmp_path / "out").glob("*.png"))
+    assert done.stderr == "predict.py: error: the output cannot be written to (No space left on device)\n"
+
+
+def test_a_program_of_others_keeps_its_ctrl_c_whatever_its_name(tmp_path):
+    (tmp_path / "predict.py").write_text(
+        "import signal, cli\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)")
+    assert run(tmp_path / "predict.py", env={"PYTHONPATH": str(ROOT)}).stdout == "True\n"
 
 
 def test_a_pipe_is_written_to_and_a_link_is_followed(checkpoint, photographs, drawn_voc, tmp_path):

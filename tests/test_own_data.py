@@ -145,6 +145,19 @@ def own_unlisted(unlisted, tmp_path):
     return shutil.copytree(unlisted, tmp_path / "data")
 
 
+def test_images_that_swap_names_do_not_leak_into_the_evaluation(own_unlisted, tmp_path):
+    work_dir = tmp_path / "run"
+    train(own_unlisted, work_dir, "--max_iters", 1)
+    lists = state(work_dir / "ckpt/latest.pth")["meta"]["lists"]
+    for kind in ("images", "masks"):
+        pair = [next((own_unlisted / kind).glob(f"{lists[part][0]}.*")) for part in ("train", "val")]
+        contents = [path.read_bytes() for path in pair]
+        for path, content in zip(pair, reversed(contents), strict=True):
+            path.write_bytes(content)
+    line = error_line(ROOT / "train.py", *train_flags(own_unlisted, work_dir), "--resume", "auto")
+    assert "was trained on 1 images that now have names of its list to evaluate on" in line
+
+
 def test_a_split_by_seed_is_said_and_kept_whatever_is_added_later(own_unlisted, tmp_path):
     """It is in the checkpoint, from which --resume and evaluate.py take it. The data folder stays as it is."""
     before, work_dir = files(own_unlisted), tmp_path / "run"

@@ -135,6 +135,14 @@ def test_a_resumed_run_says_a_new_protocol_and_compares_no_scores_of_two(drawn_v
     assert "--val_scale (256, 64) -> (64, 64)" in output and "--pad_to None -> 64" in output
     best = state(tmp_path / "run/ckpt/best.pth")["progress"]
     assert best["best_iteration"] == 4 and best["best"] == metrics(tmp_path / "run")[-1]["mIoU"]
+    # A finished run is scored anew.
+    flags = ("--max_iters", 4, "--val_scale", 96, 64, "--pad_to", 96)
+    train(drawn_voc, tmp_path / "run", "--resume", "auto", *flags)
+    run(EVALUATE, tmp_path / "run/ckpt/latest.pth", "--data_path", drawn_voc, "--device", "cpu", "--json",
+        tmp_path / "scores.json")
+    scored = [line["mIoU"] for line in metrics(tmp_path / "run") if line["iter"] == 4 and "mIoU" in line]
+    assert scored == [json.loads((tmp_path / "scores.json").read_text())["mIoU"]]
+    assert json.loads((tmp_path / "run/result.json").read_text())["best_mIoU"] == scored[0]
 
 
 # ---- the port's scripts, files and keys

@@ -2,6 +2,7 @@
 import csv
 import os
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -275,3 +276,26 @@ def test_a_turned_photograph_is_upright_as_a_file_and_as_an_image(checkpoint, tm
     with Image.open(tmp_path / "turned.png") as image:
         assert predictor(image).shape == (30, 20)
         assert np.array_equal(predictor(image), predictor(tmp_path / "turned.png"))
+
+
+def test_labels_of_a_data_set_are_not_overwritten(checkpoint, own_drawn_voc):
+    """Other photographs may be labelled into that folder."""
+    folder = own_drawn_voc / "SegmentationClass"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    images = sorted((own_drawn_voc / "JPEGImages").glob("drawn_val_*.jpg"))
+    line = error_line(PREDICT, checkpoint, *images, "--save_dir", folder, "--device", "cpu")
+    assert f"--save_dir {folder}: holds labels of these photographs" in line
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_arrays_of_any_layout_are_labelled(checkpoint, drawn_voc):
+    """Say OpenCV's BGR turned to RGB, and one that cannot be written to."""
+    predictor = Predictor(checkpoint, "cpu")
+    image = np.array(Image.open(drawn_voc / "JPEGImages/drawn_val_0000.jpg"))
+    turned, locked = np.ascontiguousarray(image[:, :, ::-1])[:, :, ::-1], image.copy()
+    locked.flags.writeable = False
+    with warnings.catch_warnings(action="error"):
+        for array in (turned, locked):
+            assert np.array_equal(predictor(array), predictor(image))
+    with pytest.raises(UserError, match="uint8"):
+        predictor(image[:0])
