@@ -379,9 +379,9 @@ def load_resumed(model, args, data, ranks, start):
 
 def resume(args, optimizer, precision, data, start, progress):
     """Loads the training state of a Checkpoint. `progress` becomes the checkpoint's. -> its iteration"""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        precision.load_state_dict(start.training["precision"])
+        precision.load_state_dict(start.training["precision"])  # with apex's O2 this changes the parameters
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # Momentum alone: the groups' settings are this run's. What the checkpoint lacks stays zero.
         for number, state in start.training["optimizer"]["state"].items():
             for name, value in state.items():

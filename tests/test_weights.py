@@ -296,7 +296,7 @@ def test_momentum_that_a_checkpoint_lacks_is_zero():
     start = argparse.Namespace(
         training={"precision": {}, "optimizer": {"state": state}, "progress": {"iteration": 7}}, scale=lambda: (2, 1),
         meta={"digests": {"val": "a"}, "args": {}})
-    data = argparse.Namespace(digests=lambda: {"val": "a"})
+    data = argparse.Namespace(digests=lambda: {"val": "a"}, images=None)
     flags = argparse.Namespace(val_scale=(2, 1), pad_to=None)
     assert resume(flags, optimizer, precision, data, start, progress) == progress.iteration == 7
     momentum = [optimizer.state[parameter]["momentum_buffer"].tolist() for parameter in parameters]
