@@ -120,7 +120,7 @@ def test_an_export_says_what_is_missing_and_leaves_nothing(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(torch.onnx, "export", mock.Mock(side_effect=MemoryError))
         assert "memory ran out (MemoryError); take a smaller --size" in error_line(
-            EXPORT, checkpoint, tmp_path / "net.onnx", "--size", 16384, 16384)
+            EXPORT, checkpoint, tmp_path / "net.onnx", "--size", 512, 512)
     for package in ("onnx", "tensorboard"):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     assert "pip install onnx" in error_line(EXPORT, checkpoint, tmp_path / "net.onnx")
