@@ -340,9 +340,11 @@ def draw(work_dir, model, data, protocol, device, iteration, scores):
         samples = [(name, image, label, classify(model, torch.from_numpy(image).permute(2, 0, 1), protocol, device))
                    for name, image, label in spread(data.val, VAL_SAMPLES)]
         title = f"iteration {iteration:,}, mIoU {scores['mIoU']:.2f}"
-        work_dir.add_pictures(iteration, {
-            "curves": visualize.draw_curves(work_dir.metrics(), data.classes),
-            "confusion": visualize.draw_confusion(scores["confusion"], data.classes),
-            "val_samples": visualize.sample_grid(samples, data.classes, palette(), title)})
+        pictures = {"curves": visualize.draw_curves(work_dir.metrics(), data.classes),
+                    "confusion": visualize.draw_confusion(scores["confusion"], data.classes),
+                    "val_samples": visualize.sample_grid(samples, data.classes, palette(), title)}
+        for name, picture in pictures.items():
+            visualize.save(picture, work_dir.path / f"{name}.png")
+        work_dir.add_pictures(iteration, pictures)
     except Exception as error:
         work_dir.log(f"the pictures of iteration {iteration} could not be drawn: {first_line(error)}")

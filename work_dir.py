@@ -185,13 +185,10 @@ class WorkDir(contextlib.ExitStack):
                     self.board.add_scalar(tag, value, line["iter"])
 
     def add_pictures(self, iteration, pictures):
-        """Writes PIL images {name: image} into the folder, and into TensorBoard's file."""
-        for name, picture in pictures.items():
-            with files.whole_file(self.path / f"{name}.png") as temporary:
-                picture.save(temporary, "PNG")
-            if self.board:
-                self.board.add_image(name, np.asarray(picture.convert("RGB")), iteration, dataformats="HWC")
-                self.board.flush()
+        """Adds PIL images {name: image} to TensorBoard's file."""
+        for name, picture in pictures.items() if self.board else ():
+            self.board.add_image(name, np.asarray(picture.convert("RGB")), iteration, dataformats="HWC")
+            self.board.flush()
 
     def log_losses(self, progress, sums, rate, speed, memory, last, auxiliary):
         """A log line and its twin in metrics.jsonl: mean losses, speed, memory.
