@@ -101,6 +101,14 @@ def start_python(command, cwd=ROOT, env=None, merged=False, new_session=False):
     return process
 
 
+def kill_workers(kept=()):
+    """Kills the workers of this process but for those kept, as cli.run does at the end of a command. They ignore
+    SIGTERM: PyTorch would wait 5 s for each, and Python for ever."""
+    for child in set(multiprocessing.active_children()).difference(kept):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises
+        child.kill()
+
+
 def call(script, arguments, cwd, env):
     """Calls a command of the project in this process, as `python SCRIPT ARGUMENTS...` would. -> CompletedProcess"""
     module, folder = importlib.import_module(script.stem), os.getcwd()
@@ -125,9 +133,7 @@ def call(script, arguments, cwd, env):
             status = 1
             print(cli.message_of(error), file=err)
         finally:
-            for child in set(multiprocessing.active_children()) - children:  # as cli.run does
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                child.kill()
+            kill_workers(children)
             os.chdir(folder)
     return subprocess.CompletedProcess([str(script), *arguments], status, out.getvalue(), err.getvalue())
 

@@ -1,13 +1,11 @@
 """voc.py: lists, images, labels, and what their check finds."""
 import argparse
 import gc
-import multiprocessing
-import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_VOC
+from conftest import REAL_VOC, kill_workers
 from PIL import Image
 
 from cli import UserError, message_of
@@ -83,8 +81,6 @@ def test_an_error_in_a_worker_is_the_same_line(own_drawn_voc):
             list(train_batches(data, args, 0, 6, Ranks(torch.device("cpu"))))
         lines.append(message_of(caught.value))
         del caught
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as cli.run does: PyTorch's handler raises
-        for child in multiprocessing.active_children():
-            child.kill()  # it ignores SIGTERM: PyTorch would wait for it for 5 s, Python for ever
+        kill_workers()
         gc.collect()
     assert lines[0] == lines[1] and "\n" not in lines[0] and data.ids[0] in lines[0]
