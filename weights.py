@@ -29,15 +29,6 @@ PLAIN_COMMAND = ('python -c "import json, sys, torch; c = torch.load(sys.argv[1]
                  "p['meta'] = json.loads(json.dumps(c.get('meta'), default=lambda v: getattr(v, 'tolist', v.__str__)()"
                  ')); torch.save(p, sys.argv[1] + \'.plain.pth\')" ')
 OLDER_FORMAT = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # begins PyTorch's files that are no ZIP files
-# What train.py writes, for `fits`: into each checkpoint (parts may be missing), and into those to resume from.
-COUNT, FLOAT = range(2 ** 63), int | float
-META = {"backbone": str, "num_classes": int, "classes": [str], "palette": [(range(256),) * 3], "scale": (int, int),
-        "form": str, "lists": {"train": [str], "val": [str]}, "images": {"train": [str], "val": [str]},
-        "args": dict}
-RUN = {"meta": {"args": dict, "ranks": int, "digests": {"train": str, "val": str}}, "precision": dict,
-       "optimizer": {"state": dict},
-       "progress": {"iteration": COUNT, "evaluated": COUNT, "samples": COUNT, "best": FLOAT, "best_iteration": COUNT,
-                    "sums": (FLOAT,) * 5, "skipped": COUNT, "seconds": FLOAT}}
 STATES = ("state_dict", "model_state_dict", "model")  # keys of the weights in files that hold more
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # what DataParallel and torch.compile put before a name
 KEYS_SHOWN = 3
@@ -86,17 +77,15 @@ class Checkpoint:
         weights = next((content[key] for key in STATES if isinstance(content.get(key), dict)), content)
         state = {WRAPPERS.sub("", str(key)): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
         meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
-        our_meta, others_meta = (upgraded(meta), {}) if "backbone" in meta else ({}, meta)
-        training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
-        if our_meta and not is_whole(our_meta, training, state):
-            raise UserError(f"{source}: the file is damaged, it holds what train.py does not write; use another")
+        our_meta = upgraded(meta) if "backbone" in meta else {}
         name = theirs or our_meta.get("backbone") or ("vgg16" if TORCHFCNS <= state.keys() else backbone)
         if name is None:
             raise UserError(f"{source}: does not say which backbone it is of; add --backbone")
         check_backbone(source, name, backbone)
         state, form, kind = recognise(source, content, state, our_meta, name, at_once)
-        num_classes = classes_of(state)
-        meta = our_meta or named_classes(others_meta, num_classes)
+        num_classes = next((len(state[key]) for key in CLASS_LAYERS if key in state), None)
+        meta = our_meta or named_classes(meta, num_classes)
+        training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
         return cls(source, state, name, form, kind, num_classes, meta, training)
 
     def network(self):
@@ -163,63 +152,28 @@ class Checkpoint:
         return self.training and self.training["progress"]["iteration"]
 
 
-def fits(value, form):
-    """True if a value has a form: a type or range, [the form of each part], (each part's form, ...) or {key: form}."""
-    if isinstance(form, dict):
-        return isinstance(value, dict) and all(key in value and fits(value[key], form[key]) for key in form)
-    if isinstance(form, list | tuple):
-        if not isinstance(value, list | tuple) or isinstance(form, tuple) and len(form) != len(value):
-            return False
-        return all(map(fits, value, form if isinstance(form, tuple) else form * len(value)))
-    return isinstance(value, int) and value in form if isinstance(form, range) else isinstance(value, form)
-
-
 def check_backbone(source, backbone, wanted):
     """Raises UserError if weights are of another backbone than the wanted one. None: not known, any."""
     if None not in (backbone, wanted) and backbone != wanted:
         raise UserError(f"{source}: is of backbone {backbone}, not {wanted}; use --backbone {backbone}")
 
 
-def classes_of(state):
-    """The number of classes in a state under FCN8s's names; None if it holds no trained heads."""
-    return next((len(state[key]) for key in CLASS_LAYERS if key in state and state[key].ndim), None)
-
-
-def is_whole(our_meta, training, state):
-    """False if somebody edited a file of train.py into one that train.py does not write."""
-    meta = {key: our_meta[key] for key in META if key in our_meta}
-    if not all(fits(meta[key], META[key]) for key in meta) or not fits(meta.get("args", {}).get("pad_to"), int | None):
-        return False
-    counts = {classes_of(state), *(len(meta[key]) for key in ("classes", "palette") if key in meta)} - {None}
-    lists = {tuple(len(meta[key][name]) for name in ("train", "val")) for key in ("lists", "images") if key in meta}
-    if len(counts) > 1 or len(lists) > 1:
-        return False
-    if training is None or not fits({**training, "meta": our_meta}, RUN):
-        return training is None
-    if not fits([*training["optimizer"]["state"].values()], [dict]):
-        return False
-    values = [value for own in training["optimizer"]["state"].values() for value in own.values()]
-    shapes = [value.shape for value in values if isinstance(value, torch.Tensor) and value.ndim]  # of momentum
-    return set(shapes) <= {value.shape for value in state.values()}
-
-
 def named_classes(others_meta, num_classes):
     """mmsegmentation's names and colours of the classes, in the old form or the new one, under our keys."""
-    newer = others_meta.get("dataset_meta")
-    theirs = {**others_meta, **(newer if isinstance(newer, dict) else {})}
+    theirs = {**others_meta, **(others_meta.get("dataset_meta") or {})}
     found = {name: theirs.get(name.upper()) or theirs.get(name) for name in ("classes", "palette")}
-    return {name: values for name, values in found.items() if fits(values, META[name]) and len(values) == num_classes}
+    return {name: values for name, values in found.items()
+            if isinstance(values, list | tuple) and len(values) == num_classes}
 
 
 def upgraded(our_meta):
-    """Our meta without what is None, that of version 2.0.0 in today's form, which a later version may drop."""
-    our_meta = {name: value for name, value in our_meta.items() if value is not None}
-    recipe = our_meta.pop("recipe", None)
-    if not isinstance(recipe, dict):
+    """Our meta, that of version 2.0.0 in today's form, which a later version may drop."""
+    if "recipe" not in our_meta:
         return our_meta
-    digests = {name: recipe.get(f"{name}_list") for name in ("train", "val")}
-    args = {**recipe, "amp": not str(recipe.get("precision")).startswith("float32")}
-    return {**our_meta, "args": args, "ranks": recipe.get("ranks"), "digests": digests}
+    recipe = our_meta["recipe"]
+    args = {**recipe, "amp": not recipe["precision"].startswith("float32")}
+    digests = {name: recipe[f"{name}_list"] for name in ("train", "val")}
+    return {**our_meta, "args": args, "ranks": recipe["ranks"], "digests": digests}
 
 
 def recognise(source, content, state, our_meta, backbone, at_once):
