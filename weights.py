@@ -112,12 +112,10 @@ class Checkpoint:
         origin, heads = f"{self.source}: {self.kind}", self.holds("decode_head.", "auxiliary_head.")
         same = self.num_classes in (None, model.num_classes)  # None: the error says which class layer is missing
         if heads and same and self.names() in (None, tuple(classes)):
-            state = self.state
-            if model.auxiliary_head is not None and not self.holds("auxiliary_head."):
-                fresh = {key: value for key, value in model.state_dict().items() if key.startswith("auxiliary_head.")}
-                state, origin = {**state, **fresh}, f"{origin}, its auxiliary head starts afresh"
-            load_exactly(model, state, self.source)
-            return origin
+            fresh = {key: value for key, value in model.state_dict().items()
+                     if key.startswith("auxiliary_head.") and not self.holds("auxiliary_head.")}
+            load_exactly(model, {**self.state, **fresh}, self.source)
+            return origin + (", its auxiliary head starts afresh" if fresh else "")
         state = {key.removeprefix("backbone."): value for key, value in self.state.items()
                  if key.startswith("backbone.")}
         load_exactly(model.backbone, state or model.backbone.from_imagenet(self.state), self.source)

@@ -80,9 +80,8 @@ class WorkDir(contextlib.ExitStack):
 
         A lock of `lockf` belongs to one process; forked workers would keep one of `flock`.
         """
-        with writing(self.path / ".lock"):  # which is truncated: no link is followed
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            self.lock_file = self.enter_context(open(descriptor, "r+"))
+        with writing(self.path / ".lock"):
+            self.lock_file = self.enter_context(open(self.path / ".lock", "a+"))
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -183,7 +182,7 @@ class WorkDir(contextlib.ExitStack):
             f"training: {last:,} iterations of {batch} = {images} images, {last * images / len(data.train):.1f} epochs",
             recipe,
             f"evaluation: images {protocol}",
-            f"files: {self.path}", *(f"note: {note}" for note in notes if note),
+            f"files: {self.path}", *(f"note: {note}" for note in notes),
             *(data_lines(data) if args.check else [])]))
 
     def add_metrics(self, line):
