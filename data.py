@@ -127,25 +127,24 @@ def look_over(data, parts, looks):
         pixels, sizes = np.stack([look.pixels for look in own]), collections.Counter(look.size for look in own)
         seen[name] = {"images": (pixels > 0).sum(0), "pixels": pixels.sum(0), "sizes": sizes}
         images[name] = [look.digest for look in own]
-    nothing, notes = notes_on(train, parts["train"], looks)
-    if nothing:
-        raise UserError(nothing)
-    nothing, more = notes_on(val, parts["val"], looks, images["train"])
+    notes = [*data.notes, *notes_on(train, parts["train"], looks, empty=False),
+             *notes_on(val, parts["val"], looks, images["train"])]
     here, there = (seen[name]["images"][:len(data.classes)] for name in ("train", "val"))
     absent = [data.classes[index] for index in np.flatnonzero((here > 0) & (there == 0))]
     if absent:
-        more.append(f"the list '{val}' lacks {first_of(absent, ', ')} of the list '{train}'; take another "
+        notes.append(f"the list '{val}' lacks {first_of(absent, ', ')} of the list '{train}'; take another "
                     "one by --val_split or, where the folder has no lists, by --seed and --val_fraction of a new run")
     alone = [data.classes[index] for index in np.flatnonzero((here == 1) & (there == 0))]
     if alone and data.origin == DRAWN:
-        more.append(f"a single image has {first_of(alone, ', ')}: it is trained on")
-    return {"notes": (*data.notes, *notes, *more, nothing), "images": images, "seen": seen}
+        notes.append(f"a single image has {first_of(alone, ', ')}: it is trained on")
+    return {"notes": tuple(notes), "images": images, "seen": seen}
 
 
-def notes_on(split, ids, looks, trained=()):
-    """What to say of one list: (a text if no label has an object, or None; other notes).
+def notes_on(split, ids, looks, trained=(), empty=True):
+    """What to say of one list, lines of text.
 
-    looks: {id: Look}; trained: the digests of training images
+    looks: {id: Look}; trained: the digests of training images; empty: the list may be without any object
+    Raises UserError if it may not be, but is.
     """
     counts, trained = collections.Counter(ids), set(trained)
     ids = list(counts)
@@ -158,10 +157,12 @@ def notes_on(split, ids, looks, trained=()):
     notes = [f"the list '{split}': {len(found)} of {len(ids)} images {what}: {first_of(found, ', ')}"
              for what, found in kinds.items() if found]
     images = sum(looks[image_id].pixels > 0 for image_id in ids)
-    if images[1:IGNORE].any():
-        return None, notes
-    hint = ", and 255, which means 'not labelled': the object takes the value 1" if images[IGNORE] else ""
-    return f"{looks[ids[0]].label.parent}: every label of the list '{split}' is all background, 0{hint}", notes
+    if not images[1:IGNORE].any():
+        hint = ", and 255, which means 'not labelled': the object takes the value 1" if images[IGNORE] else ""
+        notes.append(f"{looks[ids[0]].label.parent}: every label of the list '{split}' is all background, 0{hint}")
+        if not empty:
+            raise UserError(notes[-1])
+    return notes
 
 
 def check_scored(data, classes, count, trained):
@@ -173,10 +174,8 @@ def check_scored(data, classes, count, trained):
     if not looks:
         return sizes, []
     check_palettes(list(looks.values()), classes)
-    empty, notes = notes_on(data.split, data.ids[:count], looks, trained)
-    if empty and len(sizes) == len(data) and all(look.pixels[IGNORE] for look in looks.values()):
-        raise UserError(empty)
-    return sizes, [*notes, empty]
+    empty = len(sizes) < len(data) or not all(look.pixels[IGNORE] for look in looks.values())
+    return sizes, notes_on(data.split, data.ids[:count], looks, trained, empty)
 
 
 def with_every_class(parts, has):

@@ -87,8 +87,8 @@ def main(args):
         model = place(model, ranks.device)
         if ranks.rank == 0:
             where = f"{ranks.count} x {device.describe(ranks.device, args.device)}"
-            print(f"{checkpoint.backbone} from {checkpoint.source}: {checkpoint.kind}\n{len(sizes)} {what}, "
-                  f"{protocol}, on {where}, {protocol.precision(ranks.device)}", flush=True)
+            print(f"{checkpoint}\n{len(sizes)} {what}, {protocol}, on {where}, {protocol.precision(ranks.device)}",
+                  flush=True)
             for note in filter(None, (named, *notes, visualize.missing_font(names) if args.save_dir else None)):
                 print(f"note: {note}", flush=True)
         since = time.perf_counter()

@@ -44,9 +44,8 @@ def main(args):
                         f"{difference:.1e} of the largest; at most {TOLERANCE} is right")
     write(content)
     shape = "x".join(map(str, args.size)) if args.size else "of any size and number"
-    print(f"{checkpoint.backbone} from {checkpoint.source}: {checkpoint.kind}\n{args.file}: images, float32 RGB "
-          f"0..255, {shape} -> logits of {checkpoint.num_classes} classes, float32\nONNX Runtime agrees with PyTorch "
-          f"to {difference:.1e} of the largest logit")
+    print(f"{checkpoint}\n{args.file}: images, float32 RGB 0..255, {shape} -> logits of {checkpoint.num_classes} "
+          f"classes, float32\nONNX Runtime agrees with PyTorch to {difference:.1e} of the largest logit")
     return 0
 
 

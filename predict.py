@@ -56,9 +56,8 @@ def main(args):
         check_no_overlap([*found, *every_target, args.checkpoint], [args.csv], f"--csv {args.csv}")
         write_csv = output_file(args.csv)
     predictor = Predictor(args.checkpoint, args.device, args.device_id, args.backbone, args.at_once, Protocol.of(args))
-    print(f"{predictor.checkpoint.backbone} from {predictor.checkpoint.source}: {predictor.checkpoint.kind}\n"
-          f"{counted(paths)}, {predictor.protocol}, on {describe(predictor.device, args.device)}, "
-          f"{predictor.protocol.precision(predictor.device)}")
+    print(f"{predictor.checkpoint}\n{counted(paths)}, {predictor.protocol}, on "
+          f"{describe(predictor.device, args.device)}, {predictor.protocol.precision(predictor.device)}")
     font = visualize.missing_font(predictor.names) if args.overlay else None
     for line in [*skipped, *([f"note: {font}"] if font else [])]:
         print(line)

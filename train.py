@@ -35,14 +35,14 @@ from amp import (
     place,
 )
 from data import first_samples, open_checked, train_batches, val_batches
-from device import add_device_flags, check_device_flags, join_ranks, launch, must_launch, readable_errors
+from device import add_device_flags, check_device_flags, describe, join_ranks, launch, must_launch, readable_errors
 from fcn8s import BACKBONES, DEFAULT_BACKBONE, FCN8s
 from inference import Protocol, check_scales, draw, draw_data, evaluate
 from metrics import Speed, peak_memory, scores_of
 from transforms import prepare, prepare_batch
 from voc import CLASS_NAMES, IGNORE, palette
 from weights import load_resumed, load_start, resume
-from work_dir import memory_hint, open_work_dir, start_lines
+from work_dir import memory_hint, open_work_dir
 
 # Flags that shape the result; a checkpoint holds them.
 SHAPING = ("backbone", "train_split", "val_split", "crop_size", "scale", "val_scale", "pad_to", "batch_size",
@@ -309,12 +309,13 @@ def main(args):
             network, preparing = (torch.compile(each, dynamic=False) for each in (network, prepare))
         progress = Progress()
         saved = start and resume(args, optimizer, precision, data, start, progress)  # the last checkpoint's iteration
+        about = describe(device, args.device)
         if not args.check:
             work_dir.open(start, progress, last, args.tensorboard)
-            work_dir.add_record(args, data, device, origin)
+            work_dir.add_record(args, data, about, origin)
         del start  # it holds the weights and the momentum once more
-        work_dir.log(start_lines(args, ranks, data, protocol, model, precision, last, origin, work_dir,
-                                recipe_lines(args, model)))
+        work_dir.log_start(args, ranks, about, data, protocol, model, precision, last, origin,
+                           recipe_lines(args, model))
         if work_dir.writes and (args.check or not args.performance):
             draw_data(work_dir, data, first_samples(data.train, args, progress.samples), model.form, device)
         if args.check:
@@ -348,10 +349,9 @@ def main(args):
                     "palette": palette()[:model.num_classes].tolist(), "form": model.form, "scale": protocol.scale,
                     "args": {name: getattr(args, name) for name in SHAPING}, "ranks": ranks.count,
                     "digests": data.digests(), "lists": data.lists, "images": data.images}
-            if work_dir.writes:
-                work_dir.save({"state_dict": model.state_dict(), "meta": meta, "optimizer": optimizer.state_dict(),
-                               "precision": precision.state_dict(), "progress": dataclasses.asdict(progress)},
-                              progress.iteration if due(args.checkpoint_interval) else None, best)
+            work_dir.save({"state_dict": model.state_dict(), "meta": meta, "optimizer": optimizer.state_dict(),
+                           "precision": precision.state_dict(), "progress": dataclasses.asdict(progress)},
+                          progress.iteration if due(args.checkpoint_interval) else None, best)
             saved = progress.iteration
 
         def evaluate_now():

@@ -29,19 +29,9 @@ PLAIN_COMMAND = ('python -c "import json, sys, torch; c = torch.load(sys.argv[1]
                  "p['meta'] = json.loads(json.dumps(c.get('meta'), default=lambda v: getattr(v, 'tolist', v.__str__)()"
                  ')); torch.save(p, sys.argv[1] + \'.plain.pth\')" ')
 OLDER_FORMAT = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # begins PyTorch's files that are no ZIP files
-# What train.py writes, for `fits`: into each checkpoint (parts may be missing), and into those to resume from.
-COUNT, FLOAT = range(2 ** 63), int | float
-META = {"backbone": str, "num_classes": int, "classes": [str], "palette": [(range(256),) * 3], "scale": (int, int),
-        "form": str, "lists": {"train": [str], "val": [str]}, "images": {"train": [str], "val": [str]},
-        "args": dict}
-RUN = {"meta": {"args": dict, "ranks": int, "digests": {"train": str, "val": str}}, "precision": dict,
-       "optimizer": {"state": dict},
-       "progress": {"iteration": COUNT, "evaluated": COUNT, "samples": COUNT, "best": FLOAT, "best_iteration": COUNT,
-                    "sums": (FLOAT,) * 5, "skipped": COUNT, "seconds": FLOAT}}
 STATES = ("state_dict", "model_state_dict", "model")  # keys of the weights in files that hold more
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # what DataParallel and torch.compile put before a name
 KEYS_SHOWN = 3
-INSTEAD = "give the file with --pretrained FILE, or start from random weights with --pretrained none"
 
 
 def add_network_flags(parser):
@@ -67,13 +57,12 @@ class Checkpoint:
     training: dict | None  # TRAINING_STATE, if it holds all of that
 
     @classmethod
-    def read(cls, source, backbone=None, at_once=False, instead="give the file with --backbone {}"):
+    def read(cls, source, backbone=None, at_once=False):
         """Reads a file, or downloads the published weights of that name.
 
         backbone: which one it is of, where the file does not say; "imagenet" names the ImageNet weights of it
         at_once: they are torchfcn's FCN8sAtOnce, whose keys are FCN8s's; `arch` or the file's name tell it, too
-        instead: what to do with a file that could not be downloaded; {} is its backbone
-        Raises UserError for what is not there, damaged, unsafe, or of another backbone.
+        Raises OSError for a file that is not there, UserError for one that is damaged, unsafe, or of another backbone.
         """
         source = str(source)
         theirs, url = published().get(source, (None, None))
@@ -82,30 +71,30 @@ class Checkpoint:
             if url is None:
                 raise UserError(f"there are no ImageNet weights of {backbone}; add --pretrained none, or a FILE")
         check_backbone(source, theirs, backbone)
-        content = download(url, source, instead.format(theirs)) if url else read_file(source)
+        content = download(url, source, theirs) if url else read_file(source)
         weights = next((content[key] for key in STATES if isinstance(content.get(key), dict)), content)
         state = {WRAPPERS.sub("", str(key)): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
         meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
-        our_meta, others_meta = (upgraded(meta), {}) if "backbone" in meta else ({}, meta)
-        training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
-        if our_meta and not is_whole(our_meta, training, state):
-            raise UserError(f"{source}: the file is damaged, it holds what train.py does not write; use another")
+        our_meta = upgraded(meta) if "backbone" in meta else {}
         name = theirs or our_meta.get("backbone") or ("vgg16" if TORCHFCNS <= state.keys() else backbone)
-        if name is None:
-            raise UserError(f"{source}: does not say which backbone it is of; add --backbone")
+        if name not in BACKBONES:
+            known = f"is of backbone {name}, which fcn8s.py here does not have"
+            raise UserError(f"{source}: {known if name else 'does not say which backbone it is of; add --backbone'}")
         check_backbone(source, name, backbone)
         state, form, kind = recognise(source, content, state, our_meta, name, at_once)
-        num_classes = classes_of(state)
-        meta = our_meta or named_classes(others_meta, num_classes)
+        num_classes = next((len(state[key]) for key in CLASS_LAYERS if key in state), None)
+        meta = our_meta or named_classes(meta, num_classes)
+        training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
         return cls(source, state, name, form, kind, num_classes, meta, training)
+
+    def __str__(self):
+        return f"{self.backbone} from {self.source}: {self.kind}"
 
     def network(self):
         """The trained FCN8s. Raises UserError, naming the keys, if the weights are not all there."""
         if self.num_classes is None:
             raise UserError(f"{self.source}: holds no trained network, it has none of {', '.join(CLASS_LAYERS)}; it "
                             "may do as a start: train.py --pretrained")
-        if self.backbone not in BACKBONES:
-            raise UserError(f"{self.source}: is of backbone {self.backbone}, which fcn8s.py here does not have")
         model = FCN8s(self.num_classes, self.backbone)
         model.use_form(self.form)
         if not self.holds("auxiliary_head."):
@@ -123,12 +112,10 @@ class Checkpoint:
         origin, heads = f"{self.source}: {self.kind}", self.holds("decode_head.", "auxiliary_head.")
         same = self.num_classes in (None, model.num_classes)  # None: the error says which class layer is missing
         if heads and same and self.names() in (None, tuple(classes)):
-            state = self.state
-            if model.auxiliary_head is not None and not self.holds("auxiliary_head."):
-                fresh = {key: value for key, value in model.state_dict().items() if key.startswith("auxiliary_head.")}
-                state, origin = {**state, **fresh}, f"{origin}, its auxiliary head starts afresh"
-            load_exactly(model, state, self.source)
-            return origin
+            fresh = {key: value for key, value in model.state_dict().items()
+                     if key.startswith("auxiliary_head.") and not self.holds("auxiliary_head.")}
+            load_exactly(model, {**self.state, **fresh}, self.source)
+            return origin + (", its auxiliary head starts afresh" if fresh else "")
         state = {key.removeprefix("backbone."): value for key, value in self.state.items()
                  if key.startswith("backbone.")}
         load_exactly(model.backbone, state or model.backbone.from_imagenet(self.state), self.source)
@@ -163,63 +150,28 @@ class Checkpoint:
         return self.training and self.training["progress"]["iteration"]
 
 
-def fits(value, form):
-    """True if a value has a form: a type or range, [the form of each part], (each part's form, ...) or {key: form}."""
-    if isinstance(form, dict):
-        return isinstance(value, dict) and all(key in value and fits(value[key], form[key]) for key in form)
-    if isinstance(form, list | tuple):
-        if not isinstance(value, list | tuple) or isinstance(form, tuple) and len(form) != len(value):
-            return False
-        return all(map(fits, value, form if isinstance(form, tuple) else form * len(value)))
-    return isinstance(value, int) and value in form if isinstance(form, range) else isinstance(value, form)
-
-
 def check_backbone(source, backbone, wanted):
     """Raises UserError if weights are of another backbone than the wanted one. None: not known, any."""
     if None not in (backbone, wanted) and backbone != wanted:
         raise UserError(f"{source}: is of backbone {backbone}, not {wanted}; use --backbone {backbone}")
 
 
-def classes_of(state):
-    """The number of classes in a state under FCN8s's names; None if it holds no trained heads."""
-    return next((len(state[key]) for key in CLASS_LAYERS if key in state and state[key].ndim), None)
-
-
-def is_whole(our_meta, training, state):
-    """False if somebody edited a file of train.py into one that train.py does not write."""
-    meta = {key: our_meta[key] for key in META if key in our_meta}
-    if not all(fits(meta[key], META[key]) for key in meta) or not fits(meta.get("args", {}).get("pad_to"), int | None):
-        return False
-    counts = {classes_of(state), *(len(meta[key]) for key in ("classes", "palette") if key in meta)} - {None}
-    lists = {tuple(len(meta[key][name]) for name in ("train", "val")) for key in ("lists", "images") if key in meta}
-    if len(counts) > 1 or len(lists) > 1:
-        return False
-    if training is None or not fits({**training, "meta": our_meta}, RUN):
-        return training is None
-    if not fits([*training["optimizer"]["state"].values()], [dict]):
-        return False
-    values = [value for own in training["optimizer"]["state"].values() for value in own.values()]
-    shapes = [value.shape for value in values if isinstance(value, torch.Tensor) and value.ndim]  # of momentum
-    return set(shapes) <= {value.shape for value in state.values()}
-
-
 def named_classes(others_meta, num_classes):
     """mmsegmentation's names and colours of the classes, in the old form or the new one, under our keys."""
-    newer = others_meta.get("dataset_meta")
-    theirs = {**others_meta, **(newer if isinstance(newer, dict) else {})}
+    theirs = {**others_meta, **(others_meta.get("dataset_meta") or {})}
     found = {name: theirs.get(name.upper()) or theirs.get(name) for name in ("classes", "palette")}
-    return {name: values for name, values in found.items() if fits(values, META[name]) and len(values) == num_classes}
+    return {name: values for name, values in found.items()
+            if isinstance(values, list | tuple) and len(values) == num_classes}
 
 
 def upgraded(our_meta):
-    """Our meta without what is None, that of version 2.0.0 in today's form, which a later version may drop."""
-    our_meta = {name: value for name, value in our_meta.items() if value is not None}
-    recipe = our_meta.pop("recipe", None)
-    if not isinstance(recipe, dict):
+    """Our meta, that of version 2.0.0 in today's form, which a later version may drop."""
+    if "recipe" not in our_meta:
         return our_meta
-    digests = {name: recipe.get(f"{name}_list") for name in ("train", "val")}
-    args = {**recipe, "amp": not str(recipe.get("precision")).startswith("float32")}
-    return {**our_meta, "args": args, "ranks": recipe.get("ranks"), "digests": digests}
+    recipe = our_meta["recipe"]
+    args = {**recipe, "amp": not recipe["precision"].startswith("float32")}
+    digests = {name: recipe[f"{name}_list"] for name in ("train", "val")}
+    return {**our_meta, "args": args, "ranks": recipe["ranks"], "digests": digests}
 
 
 def recognise(source, content, state, our_meta, backbone, at_once):
@@ -253,13 +205,12 @@ def load_start(model, args, classes, ranks):
     """
     if args.pretrained == "none":
         return "random weights"
-    here = ranks.rank == 0 and Checkpoint.read(args.pretrained, args.backbone, args.at_once, INSTEAD)
+    here = ranks.rank == 0 and Checkpoint.read(args.pretrained, args.backbone, args.at_once)
     return ranks.share(here).start(model, classes)
 
 
-def download(url, name, instead):
-    """The content of a URL, its hash checked, by way of torch.hub's folder. name: of the weights, for errors, which say
-    what to do instead."""
+def download(url, name, backbone):
+    """The content of a URL, its hash checked, by way of torch.hub's folder. name, backbone: of the weights"""
     try:
         if torch.hub.get_dir().startswith("~"):
             raise OSError("the home folder is not known")
@@ -267,8 +218,9 @@ def download(url, name, instead):
     except OSError as error:
         network = isinstance(error, URLError | ConnectionError | TimeoutError)
         folder = "" if network else "set TORCH_HOME to a folder that can be written to, or "
-        raise UserError(f"the weights {name} cannot be downloaded ({error}); {folder}fetch {url} elsewhere and "
-                        f"{instead}") from None
+        raise UserError(f"the weights {name} cannot be downloaded ({error}); {folder}fetch {url} elsewhere and give "
+                        f"the file with --backbone {backbone} (train.py: --pretrained FILE; or start from random "
+                        "weights with --pretrained none)") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"the download of the weights {name} is damaged ({first_line(error)}); delete it in "
                         f"{torch.hub.get_dir()}/checkpoints and try again") from None
@@ -277,39 +229,36 @@ def download(url, name, instead):
 def read_file(path):
     """The dict in a checkpoint file, tensors on the CPU. Only tensors and plain values are read, no code is run.
 
-    Raises UserError if the file is not there, damaged, or holds other objects.
+    Raises OSError if the file is not there, UserError if it is damaged or holds other objects.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such checkpoint file")
-    try:
-        with warnings.catch_warnings():  # PyTorch warns about pickles that it does not read
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                changed = archive.testzip()  # compares the checksums, which torch.load does not look at
-            if changed:
-                raise ValueError(f"the checksum of its part {changed} is wrong")
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: {why_refused(path, str(error))}") from None
-    except PermissionError:
-        raise
-    except Exception as error:  # whatever the damage leads to
-        raise UserError(f"{path}: the file is damaged or no checkpoint ({first_line(error)}); use another") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    content, problem = None, None
+    with open(path, "rb") as file:
+        try:
+            with warnings.catch_warnings():  # PyTorch warns about pickles that it does not read
+                warnings.simplefilter("ignore")
+                content = torch.load(file, map_location="cpu", weights_only=True)
+            if zipfile.is_zipfile(file):
+                changed = zipfile.ZipFile(file).testzip()  # compares the checksums, which torch.load does not look at
+                problem = changed and f"the file is damaged, the checksum of its part {changed} is wrong; use another"
+        except Exception as error:  # whatever the damage leads to
+            problem = why_unread(file, error)
+    if problem is None and not isinstance(content, dict):
+        problem = f"holds a {type(content).__name__}, not a checkpoint"
+    if problem:
+        raise UserError(f"{path}: {problem}")
     return content
 
 
-def why_refused(path, error):
-    """Why torch.load read no plain tensors from a file, as text. error: its message"""
-    unsafe = re.search(r"GLOBAL (\S+)", error)
-    with open(path, "rb") as file:
-        start = file.read(16)
+def why_unread(file, error):
+    """Why torch.load read no plain tensors from an open file, as text. error: what it raised"""
+    if not isinstance(error, pickle.UnpicklingError):
+        return f"the file is damaged or no checkpoint ({first_line(error)}); use another"
+    unsafe = re.search(r"GLOBAL (\S+)", str(error))
+    file.seek(0)
+    start = file.read(16)
     if unsafe and (start.startswith(b"PK") or OLDER_FORMAT in start):
         return (f"refused, it holds objects other than tensors and plain values ({unsafe[1]}), which could run code; "
-                f"if you trust it, make a plain one: {PLAIN_COMMAND}{shlex.quote(str(path))}")
+                f"if you trust it, make a plain one: {PLAIN_COMMAND}{shlex.quote(file.name)}")
     return "the file is damaged, or a plain pickle, which could run code and is not read; take another one"
 
 
@@ -356,8 +305,8 @@ def load_resumed(model, args, data, ranks, start):
     elif start.names() != tuple(data.classes):
         problem = (f"its classes have other names ({', '.join(start.names() or ())}); give them by --classes, or start "
                    f"from its weights with --pretrained {source}")
-    elif str(meta["args"].get("seed")) != str(args.seed):
-        problem = f"is of a run with --seed {meta['args'].get('seed')}, not {args.seed}; a run keeps its seed"
+    elif meta["args"]["seed"] != args.seed:
+        problem = f"is of a run with --seed {meta['args']['seed']}, not {args.seed}; a run keeps its seed"
     elif iteration > args.max_iters:
         problem = f"is of iteration {iteration}, past --max_iters {args.max_iters}"
     elif data.lists and renamed:
@@ -371,7 +320,7 @@ def load_resumed(model, args, data, ranks, start):
     pairs = [("ranks", meta["ranks"], ranks.count)]
     pairs += [(f"--{name}", tuple(was) if isinstance(was, list) else was, getattr(args, name))
               for name, was in {"val_scale": meta.get("scale"), **meta["args"]}.items() if hasattr(args, name)]
-    changed = [f"{name} {was} -> {now}" for name, was, now in pairs if str(was) != str(now)]
+    changed = [f"{name} {was} -> {now}" for name, was, now in pairs if was != now]
     changed += [f"the list '{getattr(data, name).split}' holds other images" for name in ("train", "val")
                 if not same_list(meta, data, name)]
     return "; ".join([f"{source}, iteration {iteration}", *changed])
@@ -379,19 +328,15 @@ def load_resumed(model, args, data, ranks, start):
 
 def resume(args, optimizer, precision, data, start, progress):
     """Loads the training state of a Checkpoint. `progress` becomes the checkpoint's. -> its iteration"""
-    try:
-        precision.load_state_dict(start.training["precision"])  # with apex's O2 this changes the parameters
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        # Momentum alone: the groups' settings are this run's. What the checkpoint lacks stays zero.
-        for number, state in start.training["optimizer"]["state"].items():
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    # Fused SGD reads parameter and momentum in storage order, which differs between devices.
-                    like = parameters[number] if value.ndim else value  # of one value: a step's number, say Adam's
-                    optimizer.state[parameters[number]][name] = torch.empty_like(like).copy_(value)
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:  # a state of another kind
-        raise UserError(f"{start.source}: its training state does not fit ({first_line(error)}); start from its "
-                        f"weights with --pretrained {start.source}") from None
+    precision.load_state_dict(start.training["precision"])  # with apex's O2 this changes the parameters
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # Momentum alone: the groups' settings are this run's. What the checkpoint lacks stays zero.
+    for number, state in start.training["optimizer"]["state"].items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                # Fused SGD reads parameter and momentum in storage order, which differs between devices.
+                like = parameters[number] if value.ndim else value  # of one value: a step's number, say Adam's
+                optimizer.state[parameters[number]][name] = torch.empty_like(like).copy_(value)
     vars(progress).update(start.training["progress"])
     was = start.scale(), start.meta["args"].get("pad_to")
     if was != (args.val_scale, args.pad_to) or not same_list(start.meta, data, "val"):

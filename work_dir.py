@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 import files
 from cli import Output, UserError
-from device import describe
 from metrics import MEANS, class_table, for_json, format_table, number, summary
 from weights import Checkpoint
 
@@ -40,22 +39,19 @@ CPU_FLAGS = ("--backbone resnet50 --scale 256 128 --crop_size 128 --batch_size 4
 class WorkDir(contextlib.ExitStack):
     """The files of a run. A checkpoint is written whole or not at all. A context manager, which releases the lock.
 
-    device_ids: as in the names of the Ascend port's files; writes: in rank 0 alone
-    keep: how many of the newest checkpoints stay
-    Raises OSError if nothing can be written at `path`.
+    device_ids: as in the names of the Ascend port's files; keep: how many of the newest checkpoints stay
     """
+    writes = True
 
-    def __init__(self, path, device_ids, writes, keep=3):
+    def __init__(self, path, device_ids, keep=3):
         super().__init__()
-        self.path, self.writes, self.keep = Path(path), writes, keep
+        self.path, self.keep = Path(path), keep
         self.log_path = self.path / f"train_{device_ids}.log"
         self.metrics_path = self.path / "metrics.jsonl"
         self.record_path = self.path / "run.json"
         self.checkpoints = self.path / "ckpt"
         self.latest, self.best = self.checkpoints / "latest.pth", self.checkpoints / "best.pth"
         self.lock_file = self.board = None  # board: TensorBoard's writer
-        if writes:
-            files.check_writable(self.path)
 
     # ---- the start of a run
 
@@ -64,29 +60,28 @@ class WorkDir(contextlib.ExitStack):
 
         resume: the --resume flag. Raises UserError rather than overwrite another run.
         """
-        if not self.writes:
-            return None
         if self.path.is_dir():
             self.lock()
-        if resume is None and self.found():
-            raise UserError(f"{self.path}: holds a run already; resume it by --resume auto, or name another folder "
-                            "by --work_dir")
-        newest = self.newest()
-        if resume in (None, "auto"):
+        if not self.found():
+            return None if resume in (None, "auto") else Checkpoint.read(resume)
+        newest = resume and self.newest()
+        if resume is None:
+            problem = f"{self.path}: holds a run already; resume it by --resume auto, or name"
+        elif newest is None:
+            problem = f"{self.checkpoints}: holds no checkpoint that can be read; name one by --resume FILE and"
+        elif resume != "auto" and not filecmp.cmp(resume, newest.source, False):  # as a copied folder has no hard links
+            problem = f"--resume {resume}: is not the newest checkpoint of {self.path}, which holds a run; name"
+        else:
             return newest
-        if newest and not filecmp.cmp(resume, newest.source, False):  # as a copied folder has no hard links
-            raise UserError(f"--resume {resume}: is not the newest checkpoint of {self.path}, which holds a run; name "
-                            "another folder by --work_dir")
-        return newest or Checkpoint.read(resume)
+        raise UserError(f"{problem} another folder by --work_dir")
 
     def lock(self):
         """Takes the folder's lock, which ends with this process. Raises UserError, naming the process that holds it.
 
         A lock of `lockf` belongs to one process; forked workers would keep one of `flock`.
         """
-        with writing(self.path / ".lock"):  # which is truncated: no link is followed
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            self.lock_file = self.enter_context(open(descriptor, "r+"))
+        with writing(self.path / ".lock"):
+            self.lock_file = self.enter_context(open(self.path / ".lock", "a+"))
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -109,16 +104,12 @@ class WorkDir(contextlib.ExitStack):
         return [path for path in (self.latest, *self.saved(), self.best) if os.path.lexists(path)]
 
     def newest(self):
-        """The Checkpoint in latest.pth or, if that is damaged, in the newest readable one before it; None if the folder
-        holds none. Raises UserError if none can be read."""
+        """The Checkpoint in latest.pth or, if that is damaged, in the newest readable one before it, or None."""
         for path in filter(Path.exists, self.found()):
             try:
                 return Checkpoint.read(path)
             except UserError as error:
                 self.log(f"{error}. It is not used.")
-        if self.found():
-            raise UserError(f"{self.checkpoints}: holds no checkpoint that can be read; name one by --resume FILE and "
-                            "another folder by --work_dir")
         return None
 
     def open(self, start, progress, last, tensorboard=False):
@@ -127,8 +118,6 @@ class WorkDir(contextlib.ExitStack):
         start: that Checkpoint, or None; progress: the run's; its best score counts while best.pth exists
         Raises UserError if the run is at its `last` iteration, evaluated, and the folder lacks its scores.
         """
-        if not self.writes:
-            return
         if progress.evaluated >= last and not any("mIoU" in line for line in self.metrics()):
             raise UserError(f"{start.source}: is of iteration {progress.iteration} of {last}, nothing is left to "
                             "train; raise --max_iters, or score it with evaluate.py")
@@ -155,14 +144,12 @@ class WorkDir(contextlib.ExitStack):
     def progress_bar(self, iteration, last):
         """A progress bar on a terminal, below the log lines."""
         return self.enter_context(tqdm(total=last, initial=iteration, desc="training", unit="iter", leave=False,
-                                       disable=None if self.writes else True))
+                                       disable=None))
 
     # ---- what a run writes
 
     def log(self, text):
         """Prints a text, above a progress bar, and adds it to the log file once the folder exists."""
-        if not self.writes:
-            return
         tqdm.write(text)
         sys.stdout.flush()
         if Output.problem:  # a closed pipe or terminal, a full disk
@@ -171,10 +158,36 @@ class WorkDir(contextlib.ExitStack):
         if self.path.is_dir():
             append(self.log_path, text)
 
+    def log_start(self, args, ranks, device, data, protocol, model, precision, last, origin, recipe):
+        """What a run is, in the log.
+
+        device: its description; protocol: of its evaluations; last: iteration; origin: of the weights; recipe: lines
+        """
+        images = args.batch_size * args.accumulate * ranks.count
+        batch = " x ".join(str(n) for n in (ranks.count, args.batch_size, args.accumulate)[:2 + (args.accumulate > 1)])
+        flags = {"sync_bn": "synchronised BN", "compile": "compiled", "freeze_bn": "frozen BN",
+                 "class_weights": "weighted classes"}
+        more = "".join(f", {text}" for flag, text in flags.items() if getattr(args, flag))
+        notes = list(data.notes)
+        if args.freeze_bn and origin == "random weights":
+            notes.append("--freeze_bn keeps statistics that no training has set")
+        if ranks.device.type == "cpu" and (args.backbone.endswith("_d8") or args.crop_size > CPU_CROP):
+            notes.append(f"{args.backbone} at --crop_size {args.crop_size} is slow on a CPU; this ends in minutes: "
+                         + CPU_FLAGS)
+        self.log("\n".join([
+            f"device: {ranks.count} x {device}, {precision}{more}",
+            f"network: {args.backbone}, {sum(p.numel() for p in model.parameters()):,} parameters, from {origin}",
+            f"data: {args.data_path}, {len(data.classes)} classes, {len(data.train):,} images of '{data.train.split}', "
+            f"{len(data.val):,} of '{data.val.split}'" + (data.origin and f"; {data.origin}"),
+            f"training: {last:,} iterations of {batch} = {images} images, {last * images / len(data.train):.1f} epochs",
+            recipe,
+            f"evaluation: images {protocol}",
+            f"files: {self.path}", *(f"note: {note}" for note in notes),
+            *(data_lines(data) if args.check else [])]))
+
     def add_metrics(self, line):
         """Adds a line to metrics.jsonl, and its numbers to TensorBoard's file: train/..., val/..., val_IoU/<class>."""
-        if self.writes:
-            append(self.metrics_path, json.dumps(line))
+        append(self.metrics_path, json.dumps(line))
         if self.board:
             group = "val" if "mIoU" in line else "train"
             values = {f"{group}/{name}": value for name, value in line.items() if name != "iter"}
@@ -222,14 +235,7 @@ class WorkDir(contextlib.ExitStack):
     def metrics(self):
         """The lines of metrics.jsonl as dicts; a last line cut short by a crash is left out."""
         content = self.metrics_path.read_bytes() if self.metrics_path.is_file() else b""
-        metrics = []
-        for row, line in enumerate(content.split(b"\n")[:-1], 1):
-            try:
-                metrics.append(json.loads(line))
-                int(metrics[-1]["iter"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{self.metrics_path}: line {row} is damaged ({error}); fix or delete it") from None
-        return metrics
+        return [json.loads(line) for line in content.split(b"\n")[:-1]]
 
     def save(self, content, number, best):
         """Writes a checkpoint as latest.pth, as iter_<number>.pth unless `number` is None, and as best.pth if it is the
@@ -249,25 +255,22 @@ class WorkDir(contextlib.ExitStack):
     # ---- what a run was, and its results
 
     def add_record(self, args, data, device, origin):
-        """Adds an entry to run.json: flags, data and versions of this start. origin: of the weights, as text"""
-        if not self.writes:
-            return
+        """Adds an entry to run.json: flags, data and versions of this start.
+
+        device: its description; origin: of the weights, as text
+        """
         lists = {name: {"list": part.split, "images": len(part), "sha256": data.digests()[name],
                         **({"ids": part.ids} if data.lists else {})}
                  for name, part in (("train", data.train), ("val", data.val))}
         entry = {"time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
                  "command": shlex.join([Path(sys.executable).name, *sys.argv]), "folder": str(Path.cwd()),
-                 "args": vars(args), "start": origin, "device": describe(device, args.device), "versions": versions(),
+                 "args": vars(args), "start": origin, "device": device, "versions": versions(),
                  "code": output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
                                    "--abbrev=40", "--exclude=*"),  # the commit, and whether files have changed since
                  "data": {"classes": list(data.classes), **lists}}
-        try:
-            entries = json.loads(self.record_path.read_bytes().decode())["starts"] if self.record_path.exists() else []
-            content = files.as_json({"starts": [*entries, entry]})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.record_path}: damaged ({error}); fix or delete it") from None
+        entries = json.loads(self.record_path.read_bytes())["starts"] if self.record_path.exists() else []
         with writing(self.record_path):
-            files.write_whole(self.record_path, content)
+            files.write_whole(self.record_path, files.as_json({"starts": [*entries, entry]}))
         if self.board:
             from torch.utils.tensorboard.summary import hparams  # here, as the package is optional
 
@@ -277,8 +280,6 @@ class WorkDir(contextlib.ExitStack):
 
     def finish(self, args, progress, ranks):
         """Writes result.json and the summary, both from metrics.jsonl, and logs how to look at the run."""
-        if not self.writes:
-            return
         lines = self.metrics()
         logged = [line for line in lines if "loss" in line]
         scored = [line for line in lines if "mIoU" in line]
@@ -308,12 +309,29 @@ class WorkDir(contextlib.ExitStack):
                      + f"\nnext, to see every prediction: {shlex.join(map(str, command))}")
 
 
+class NoWorkDir(contextlib.ExitStack):
+    """In the ranks other than 0 in place of a WorkDir: its methods do nothing."""
+    writes = False
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+    def progress_bar(self, iteration, last):
+        return tqdm(disable=True)
+
+
 def open_work_dir(args, ranks):
-    """The run's WorkDir, by default output/<devices>/FCN, as the Ascend port names it."""
+    """The run's WorkDir, by default output/<devices>/FCN, as the Ascend port names it; in rank 0 alone.
+
+    Raises OSError if nothing can be written there.
+    """
+    if ranks.rank > 0:
+        return NoWorkDir()
     ids = args.device_list or (range(ranks.count) if ranks.count > 1 else [ranks.device.index or 0])
     device_ids = ",".join(map(str, ids))
     path = args.work_dir or Path("output", device_ids, "FCN_prof" if args.performance else "FCN")
-    work_dir = WorkDir(path, device_ids, ranks.rank == 0, args.keep)
+    files.check_writable(Path(path))
+    work_dir = WorkDir(path, device_ids, args.keep)
     if args.check:  # the log is of a run
         work_dir.log_path = Path(os.devnull)
     return work_dir
@@ -329,31 +347,6 @@ def memory_hint(args):
     size = max(size for size in range(1, args.batch_size) if args.batch_size % size == 0)
     batches = args.batch_size // size * args.accumulate
     return f"{mixed}--batch_size {size} --accumulate {batches} needs less for the same step"
-
-
-def start_lines(args, ranks, data, protocol, model, precision, last, origin, work_dir, recipe):
-    """What a run is, as text. recipe: lines; protocol: of its evaluations; origin: of the weights; last: iteration"""
-    images = args.batch_size * args.accumulate * ranks.count
-    batch = " x ".join(str(n) for n in (ranks.count, args.batch_size, args.accumulate)[:2 + (args.accumulate > 1)])
-    flags = {"sync_bn": "synchronised BN", "compile": "compiled", "freeze_bn": "frozen BN",
-             "class_weights": "weighted classes"}
-    more = "".join(f", {text}" for flag, text in flags.items() if getattr(args, flag))
-    notes = list(data.notes)
-    if args.freeze_bn and origin == "random weights":
-        notes.append("--freeze_bn keeps statistics that no training has set")
-    if ranks.device.type == "cpu" and (args.backbone.endswith("_d8") or args.crop_size > CPU_CROP):
-        notes.append(f"{args.backbone} at --crop_size {args.crop_size} is slow on a CPU; this ends in minutes: "
-                     + CPU_FLAGS)
-    return "\n".join([
-        f"device: {ranks.count} x {describe(ranks.device, args.device)}, {precision}{more}",
-        f"network: {args.backbone}, {sum(p.numel() for p in model.parameters()):,} parameters, from {origin}",
-        f"data: {args.data_path}, {len(data.classes)} classes, {len(data.train):,} images of '{data.train.split}', "
-        f"{len(data.val):,} of '{data.val.split}'" + (data.origin and f"; {data.origin}"),
-        f"training: {last:,} iterations of {batch} = {images} images, {last * images / len(data.train):.1f} epochs",
-        recipe,
-        f"evaluation: images {protocol}",
-        f"files: {work_dir.path}", *(f"note: {note}" for note in notes if note),
-        *(data_lines(data) if args.check else [])])
 
 
 def data_lines(data):

@@ -294,7 +294,7 @@ def test_restarts_repeat_an_error_of_the_user_only_after_the_first_iteration(own
     """A damaged image during the training: the second attempt finds it before its first iteration, and is the last."""
     flags = ("--device_list", "0,1", "--max_restarts", 3, "--resume", "auto", *LONG)
     absent = finish(start(own_drawn_voc, tmp_path / "other", *flags, "--pretrained", tmp_path / "absent.pth"), 1)
-    assert absent.count("there is no such checkpoint file") == 1 == len(absent.splitlines())
+    assert absent.count("absent.pth: No such file or directory") == 1 == len(absent.splitlines())
     process = start(own_drawn_voc, tmp_path / "run", *flags)
     wait_for_iteration(process, tmp_path / "run", 1)
     for path in (own_drawn_voc / "JPEGImages").glob("drawn_train_*.jpg"):
@@ -336,7 +336,7 @@ def test_a_command_whose_outputs_are_closed_has_its_status(tmp_path):
     done = [subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True)
             for closed in (">&- 2>&-", ">&-")]
     assert [process.returncode for process in done] == [1, 1] and done[0].stderr == ""
-    assert done[1].stderr == "evaluate.py: error: absent: there is no such checkpoint file\n"
+    assert done[1].stderr == "evaluate.py: error: absent: No such file or directory\n"
 
 
 @pytest.mark.parametrize("output, reason", (("| head -1", "Broken pipe"), ("> /dev/full", "No space left on device")))

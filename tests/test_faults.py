@@ -106,7 +106,7 @@ def content(number):
             "meta": {"backbone": "resnet50", "args": {}, "ranks": 1, "digests": {"train": "", "val": ""}},
             "precision": {}, "progress": dataclasses.asdict(Progress(number))}
 
-folder = WorkDir(Path(sys.argv[1]), "0", writes=True, keep=2)
+folder = WorkDir(Path(sys.argv[1]), "0", keep=2)
 last, start = 0, None
 for kill in range(20):
     folder.open(start, Progress(last), last + 10 ** 6)

@@ -43,7 +43,7 @@ def test_on_a_terminal_a_bar_runs_under_the_log_lines(monkeypatch, tmp_path):
     terminal = Terminal()
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, terminal)
-    with WorkDir(tmp_path, "0", writes=True) as work_dir:
+    with WorkDir(tmp_path, "0") as work_dir:
         work_dir.progress_bar(0, 4)
         work_dir.log("a line")
     assert re.fullmatch(r"\rtraining: +0%.* 0/4 .*\r +\ra line\n\rtraining: +0%.* 0/4 .*\r +\r", terminal.getvalue())

@@ -335,7 +335,7 @@ def test_weights_without_a_home_folder_are_an_error_that_names_torch_home(home, 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(cli.UserError) as error:
-        weights.Checkpoint.read("imagenet", "resnet50", instead=weights.INSTEAD)
+        weights.Checkpoint.read("imagenet", "resnet50")
     assert reason in str(error.value) and "TORCH_HOME" in str(error.value) and "--pretrained FILE" in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -343,7 +343,7 @@ def test_weights_without_a_home_folder_are_an_error_that_names_torch_home(home, 
 def test_a_network_that_cannot_be_reached_says_nothing_of_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(cli.UserError) as error:
-        weights.download("http://127.0.0.1:9/none-0000000000.pth", "none", "give a file")
+        weights.download("http://127.0.0.1:9/none-0000000000.pth", "none", "resnet50")
     assert "refused" in str(error.value) and "TORCH_HOME" not in str(error.value)
 
 

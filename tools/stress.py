@@ -54,10 +54,12 @@ class Disturbed:
 
     @property
     def folder(self):
-        return WorkDir(self.path, "0", writes=False)
+        work_dir = WorkDir(self.path, "0")
+        work_dir.log_path = Path(os.devnull)
+        return work_dir
 
     def iteration(self):
-        """That of the newest whole checkpoint. Raises UserError if there are some but none is whole."""
+        """That of the newest whole checkpoint, or 0."""
         found = self.folder.newest()
         return found.iteration() if found else 0
 
