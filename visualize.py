@@ -16,7 +16,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from files import whole_file
+from files import check_no_overlap, check_writable, remove_leftovers, whole_file
 from voc import IGNORE
 
 OPACITY = 0.55  # of the class colours over an image
@@ -59,6 +59,21 @@ def save(picture, path):
         picture.thumbnail((JPEG_SIDE, JPEG_SIDE))  # a smaller one stays as it is
     with whole_file(path) as temporary:
         picture.save(temporary, "JPEG" if path.suffix == ".jpg" else "PNG", quality=JPEG_QUALITY)  # PNG ignores this
+
+
+def picture_files(folder, names, kinds, read):
+    """The files of some images' pictures in --save_dir: {name of an image: [path of each kind, say "overlay/{}.jpg"]}.
+
+    What killed writers left there is deleted. Raises OSError if the folder cannot be written to, or a picture would
+    overwrite one of another kind or a file of `read`.
+    """
+    found = {name: [folder / kind.format(name) for kind in kinds] for name in names}
+    for files in zip(*found.values(), strict=True):
+        check_no_overlap(read, files, f"--save_dir {folder}")
+        read = [*read, *files]
+    check_writable(folder)
+    remove_leftovers({file.parent for files in found.values() for file in files})
+    return found
 
 
 def class_picture(classes, colours):

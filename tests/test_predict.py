@@ -140,7 +140,7 @@ def test_an_error_line_names_the_file_and_the_reason(checkpoint, trip, tmp_path)
     assert sorted(done.stderr.splitlines()) == [
         f"predict.py: error: {out}/day 1/b.png: Is a directory",
         f"predict.py: error: {out}/day 2/deep: Not a directory",
-        f"predict.py: error: {trip}/lost.jpg: there is no such photograph, or it is a link that leads nowhere"]
+        f"predict.py: error: {trip}/lost.jpg: there is no such image; add or restore it"]
     assert "2 photographs labelled" in done.stdout
 
 
@@ -284,7 +284,7 @@ def test_labels_of_a_data_set_are_not_overwritten(checkpoint, own_drawn_voc):
     before = {path: path.read_bytes() for path in folder.iterdir()}
     images = sorted((own_drawn_voc / "JPEGImages").glob("drawn_val_*.jpg"))
     line = error_line(PREDICT, checkpoint, *images, "--save_dir", folder, "--device", "cpu")
-    assert f"--save_dir {folder}: holds labels of these photographs" in line
+    assert f"--save_dir {folder} would overwrite this file" in line
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
