@@ -83,17 +83,15 @@ def find_photographs(inputs, save_dir):
     for given in inputs:
         if not given.exists():
             raise UserError(f"{given}: there is no such photograph or folder")
-        if not given.is_dir():
-            found.setdefault(given, given.stem)
-            continue
+        folder = given if given.is_dir() else given.parent
+        around = Path(os.path.realpath(given)) in out.parents  # what lies in `out` then is of an earlier call
         paths, again = walk(given)
         skipped += [f"skipped, it is read under another name: {path}" for path in again]
         for path in paths:
-            inside = Path(os.path.realpath(given)) in out.parents and out in Path(os.path.realpath(path)).parents
-            if inside:
+            if around and out in Path(os.path.realpath(path)).parents:
                 continue
-            if is_readable(path):
-                found.setdefault(path, id_of(path, given))
+            if path == given or is_readable(path):
+                found.setdefault(path, id_of(path, folder))
             else:
                 skipped.append(f"skipped, Pillow does not know its format: {path}{heic_hint([path])}")
     if not found:
