@@ -120,11 +120,10 @@ class Protocol:
 
     def check(self, sizes):
         """Raises UserError if images of these (H, W) cannot go through."""
-        for scale in self.scales():
-            largest = max(max(size if scale is None else scaled_size(*size, *scale)) for size in sizes)
-            if self.pad_to and largest > self.pad_to:
-                raise UserError(f"--pad_to {self.pad_to}: images of up to {largest} pixels a side do not fit; add "
-                                f"--scale {self.pad_to} {self.pad_to} (train.py: --val_scale), or pad to more")
+        largest = max(max(scaled_size(*size, *scale) if scale else size) for scale in self.scales() for size in sizes)
+        if self.pad_to and largest > self.pad_to:
+            raise UserError(f"--pad_to {self.pad_to}: images of up to {largest} pixels a side do not fit; add "
+                            f"--scale {self.pad_to} {self.pad_to} (train.py: --val_scale), or pad to more")
 
     def __str__(self):
         size = f"fitted into {self.scale[0]}x{self.scale[1]}" if self.scale else "of their own size"
