@@ -1,7 +1,6 @@
 """Scores a trained network on a list of images: `python evaluate.py CHECKPOINT --data_path data/VOCdevkit/VOC2012`.
 
-Prints IoU and accuracy of each class, then aAcc, mIoU, mAcc in per cent, and the images per second. Writes the summary
-FCN_bs<batch>_<cards>p_val.log into the folder of the run that a checkpoint is of.
+Prints IoU and accuracy of each class, then aAcc, mIoU, mAcc in per cent, and the images per second.
 """
 import sys
 import time

@@ -384,12 +384,12 @@ def installed_fonts():
     from matplotlib import font_manager, ft2font
 
     logging.getLogger(font_manager.__name__).setLevel(logging.ERROR)  # no warnings of families without this weight
-    fonts, known = {}, font_manager.fontManager.ttflist
-    for path in sorted(set(font_manager.findSystemFonts()).difference(entry.fname for entry in known)):
+    fonts, listed = {}, font_manager.fontManager.ttflist  # `addfont` adds to this list
+    for path in sorted(set(font_manager.findSystemFonts()).difference(entry.fname for entry in listed)):
         with contextlib.suppress(Exception):  # unusable fonts raise exceptions of many types
             font_manager.fontManager.addfont(path)  # installed after matplotlib cached its list
-    for entry in sorted(known, key=lambda font: (font.style != "normal", font.weight != 400, "Sans" not in font.name,
-                                                 font.name)):
+    for entry in sorted(listed, key=lambda font: (font.style != "normal", font.weight != 400, "Sans" not in font.name,
+                                                  font.name)):
         with contextlib.suppress(OSError, RuntimeError):  # deleted or damaged
             if entry.fname not in fonts and not entry.name.startswith("Last Resort"):
                 letters = frozenset(map(chr, ft2font.FT2Font(entry.fname).get_charmap()))
