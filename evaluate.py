@@ -1,9 +1,7 @@
 """Scores a trained network on a list of images: `python evaluate.py CHECKPOINT --data_path data/VOCdevkit/VOC2012`.
 
-Prints IoU and accuracy of each class, then aAcc, mIoU, mAcc in per cent, and the images per second. Writes the summary
-FCN_bs<batch>_<cards>p_val.log into the folder of the run that a checkpoint is of.
+Prints IoU and accuracy of each class, then aAcc, mIoU, mAcc in per cent, and the images per second.
 """
-import math
 import sys
 import time
 from pathlib import Path
@@ -12,10 +10,9 @@ from cli import MAX_BATCH, PROG, Parser, UserError, file_path, number, run  # is
 
 import device
 import visualize
-from amp import place
 from data import check_scored, open_split, val_batches
-from files import as_json, check_no_overlap, check_writable, output_file, remove_leftovers, write_summary
-from inference import Protocol, add_protocol_flags, check_protocol, evaluate
+from files import as_json, check_no_overlap, output_file, write_summary
+from inference import Protocol, add_protocol_flags, check_protocol, evaluate, network_on
 from metrics import MEANS, for_json, format_table, scores_of, summary
 from voc import CLASS_NAMES, LISTS, first_of, read_classes
 from weights import Checkpoint, add_network_flags
@@ -69,7 +66,7 @@ def main(args):
     with device.readable_errors("lower --batch_size or --scale, or use windows by --slide"):
         here = ranks.rank == 0 and Checkpoint.read(args.checkpoint, args.backbone, args.at_once)
         checkpoint = ranks.share(here)  # so that one process downloads
-        model = checkpoint.network()
+        model = network_on(checkpoint, ranks.device)
         names, named = class_names(args, checkpoint)
         protocol = Protocol.of(args).with_scale_of(checkpoint)
         lists, digests = (checkpoint.meta.get(key) for key in ("lists", "images"))
@@ -84,26 +81,22 @@ def main(args):
         sizes, notes = ranks.once_a_machine(
             lambda: check_scored(data, names, args.max_images, (digests or {}).get("train", ())))
         protocol.check(sizes)
-        model = place(model, ranks.device)
         if ranks.rank == 0:
             where = f"{ranks.count} x {device.describe(ranks.device, args.device)}"
-            print(f"{checkpoint}\n{len(sizes)} {what}, {protocol}, on {where}, {protocol.precision(ranks.device)}",
+print(f"{checkpoint}\n{len(sizes)} {what}, {protocol}, on {where}, {protocol.precision(ranks.device)}",
                   flush=True)
-            for note in filter(None, (named, *notes, visualize.missing_font(names) if args.save_dir else None)):
+            for note in filter(None, (named, *notes, args.save_dir and visualize.missing_font(names))):
                 print(f"note: {note}", flush=True)
         since = time.perf_counter()
         batches = val_batches(data, sizes, protocol, args.workers, ranks)
         scores = scores_of(evaluate(model, batches, protocol, ranks, write, len(sizes) // ranks.count))
         seconds = time.perf_counter() - since
         if ranks.rank == 0:
-            report(args, scores, names, len(sizes), seconds, checkpoint, write_json)
+            result = report(args, checkpoint, scores, names, len(sizes), seconds)
+            if write_json:
+                write_json(as_json(result))
             if checkpoint.training is not None:  # of train.py
-                fps, batch_size = len(sizes) / seconds, protocol.batch_on(ranks.device)
-                values = {"Split": args.split, "Images": len(sizes), "ActualFPS": fps,
-                          **{name: None if math.isnan(scores[name]) else scores[name] / 100 for name in MEANS},
-                          "ValTime": 1000 * batch_size * ranks.count / fps,  # ms a batch, one of each card
-                          "E2EValTime": time.perf_counter() - started}
-                write_val_summary(args, checkpoint, batch_size, ranks.count, values)
+                write_val_summary(checkpoint, result, protocol.batch_on(ranks.device), ranks.count, started)
         return ranks.leave()
 
 
@@ -123,27 +116,28 @@ def class_names(args, checkpoint):
     return names, f"{file}: has other names than the checkpoint, whose names are used: {first_of(names, ', ')}"
 
 
-def report(args, scores, names, images, seconds, checkpoint, write_json):
-    """Prints the scores, and writes confusion.png and, by `write_json` if it is not None, --json, where NaN is null."""
+def report(args, checkpoint, scores, names, images, seconds):
+    """Prints the scores, and writes confusion.png. -> the content of --json, where NaN is null"""
     print(format_table(scores, names))
     print(f"{summary(scores)}  ({images / seconds:.2f} images/s)")
     if args.save_dir:
         visualize.save(visualize.draw_confusion(scores["confusion"], names), args.save_dir / CONFUSION)
         print(f"pictures in {args.save_dir}")
-    if write_json:
-        scores = for_json(scores, names)
-        classes = {name: {"IoU": scores["IoU"][name], "Acc": scores["Acc"][name]} for name in names}
-        result = {"checkpoint": args.checkpoint, "iteration": checkpoint.iteration(), "split": args.split,
-                  "images": images, **{name: scores[name] for name in MEANS},
-                  "images_per_second": images / seconds, "seconds": seconds, "classes": classes,
-                  "confusion": scores["confusion"]}  # a row for each label's class, a column for each predicted one
-        write_json(as_json(result))
+    scores = for_json(scores, names)
+    return {"checkpoint": args.checkpoint, "iteration": checkpoint.iteration(), "split": args.split, "images": images,
+            **{name: scores[name] for name in MEANS}, "images_per_second": images / seconds, "seconds": seconds,
+            "classes": {name: {"IoU": scores["IoU"][name], "Acc": scores["Acc"][name]} for name in names},
+            "confusion": scores["confusion"]}  # a row for each label's class, a column for each predicted one
 
 
-def write_val_summary(args, checkpoint, batch_size, cards, values):
+def write_val_summary(checkpoint, result, batch_size, cards, started):
     """The Ascend port's summary of an evaluation, in the folder of the checkpoint's run if that can be written to."""
-    folder = Path(args.checkpoint).absolute().parent
+    folder = Path(result["checkpoint"]).absolute().parent
     folder = folder.parent if folder.name == "ckpt" else folder
+    values = {"Split": result["split"], "Images": result["images"], "ActualFPS": result["images_per_second"],
+              **{name: result[name] and result[name] / 100 for name in MEANS},
+              "ValTime": 1000 * batch_size * cards / result["images_per_second"],  # ms a batch, one of each card
+              "E2EValTime": time.perf_counter() - started}
     try:
         write_summary(folder, checkpoint.backbone, batch_size, cards, "val", values)
     except OSError as error:  # another's folder; the scores are printed
@@ -152,21 +146,10 @@ def write_val_summary(args, checkpoint, batch_size, cards, values):
 
 def picture_writer(args, data, names, colours):
     """For evaluate's `each`: writes the pictures of an image into --save_dir, where nothing of the data lies."""
-    folder = args.save_dir
-
-    def files(name):
-        overlay = [folder / "overlay" / f"{name}.jpg"] if args.overlay else []
-        return [folder / f"{name}.png", folder / "compared" / f"{name}.png", *overlay]
-
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in data.ids):
-        raise UserError(f"--save_dir {folder}: the list has ids that lead out of the data folder; take another list")
-    targets = [folder / CONFUSION, *(file for name in dict.fromkeys(data.ids) for file in files(name))]
-    if len(set(targets)) < len(targets):
-        twice = next(file for file in targets if targets.count(file) > 1)
-        raise UserError(f"--save_dir {folder}: two pictures would be {twice}; rename that image, or take another list")
-    check_no_overlap([*data.files(), *filter(None, [args.json])], targets, f"--save_dir {folder}")
-    check_writable(folder)
-    remove_leftovers({file.parent for file in targets})
+    kinds = ("{}.png", "compared/{}.png", "overlay/{}.jpg")[:2 + args.overlay]
+    read, confusion = [*data.files(), *filter(None, [args.json])], args.save_dir / CONFUSION
+    check_no_overlap(read, [confusion], f"--save_dir {args.save_dir}")
+    files = visualize.picture_files(args.save_dir, data.ids, kinds, [*read, confusion])
 
     def write(index, prediction):
         image, label = data[index]
@@ -175,7 +158,7 @@ def picture_writer(args, data, names, colours):
                     visualize.comparison(image, label.numpy(), prediction, names, colours)]
         if args.overlay:
             pictures.append(visualize.overlay(image, prediction, names, colours))
-        for picture, file in zip(pictures, files(data.ids[index]), strict=True):
+        for picture, file in zip(pictures, files[data.ids[index]], strict=True):
             visualize.save(picture, file)
     return write
 

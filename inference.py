@@ -93,13 +93,15 @@ class Protocol:
 
     def with_scale_of(self, checkpoint):
         """The same, but a scale of None becomes the checkpoint's. Then, without windows or ratios, a pad_to of None
-        becomes its padding, too; one of 0 stays."""
+        becomes its padding, too; one of 0 stays. Raises UserError for ratios without a scale."""
         if self.scale:
             return self
-        pad_to = self.pad_to
-        if pad_to is None and not self.slide and list(self.ratios) == [1]:
+        scale, pad_to, whole = checkpoint.scale(), self.pad_to, list(self.ratios) == [1]
+        if scale is None and not whole:
+            raise UserError("--ratios are multiples of a scale; add --scale LONG SHORT")
+        if pad_to is None and whole and not self.slide:
             pad_to = checkpoint.meta.get("args", {}).get("pad_to")
-        return dataclasses.replace(self, scale=checkpoint.scale(), pad_to=pad_to)
+        return dataclasses.replace(self, scale=scale, pad_to=pad_to)
 
     def batch_on(self, device):
         return self.batch_size or (1 if device.type == "cpu" else TOGETHER)
@@ -113,28 +115,24 @@ class Protocol:
         return name_of(AMP_DTYPES[device.type]) if self.amp else "float32"
 
     def scales(self):
-        """The (long, short) of each ratio; None for the image's own size. Raises UserError if a ratio cannot be."""
-        if self.scale is None:
-            if list(self.ratios) != [1]:
-                raise UserError("--ratios are multiples of a scale; add --scale LONG SHORT")
-            return [None]
-        scales = [tuple(int(side * ratio) for side in self.scale) for ratio in self.ratios]
-        if min(map(min, scales)) < 1:
-            raise UserError(f"--ratios: {min(self.ratios)} of {self.scale[0]}x{self.scale[1]} leaves no pixel; take a "
-                            "larger one")
-        return scales
+        """The (long, short) of each ratio, at least a pixel; None for the image's own size."""
+        return [self.scale and tuple(max(1, int(side * ratio)) for side in self.scale) for ratio in self.ratios]
 
     def check(self, sizes):
         """Raises UserError if images of these (H, W) cannot go through."""
-        for scale in self.scales():
-            largest = max(max(size if scale is None else scaled_size(*size, *scale)) for size in sizes)
-            if self.pad_to and largest > self.pad_to:
-                raise UserError(f"--pad_to {self.pad_to}: images of up to {largest} pixels a side do not fit; add "
-                                f"--scale {self.pad_to} {self.pad_to} (train.py: --val_scale), or pad to more")
+        largest = max(max(scaled_size(*size, *scale) if scale else size) for scale in self.scales() for size in sizes)
+        if self.pad_to and largest > self.pad_to:
+            raise UserError(f"--pad_to {self.pad_to}: images of up to {largest} pixels a side do not fit; add "
+                            f"--scale {self.pad_to} {self.pad_to} (train.py: --val_scale), or pad to more")
 
     def __str__(self):
         size = f"fitted into {self.scale[0]}x{self.scale[1]}" if self.scale else "of their own size"
         return size + (f", padded to {self.pad_to}x{self.pad_to}" if self.pad_to else "")
+
+
+def network_on(checkpoint, device):
+    """The network of a weights.Checkpoint on a device, in evaluation mode."""
+    return place(checkpoint.network(), device).eval()
 
 
 class Predictor:
@@ -149,12 +147,10 @@ class Predictor:
                  protocol=Protocol()):
         self.device = choose_device(device, device_id)
         self.checkpoint = Checkpoint.read(checkpoint, backbone, at_once)
-        model = self.checkpoint.network()
-        self.names = self.checkpoint.names() or tuple(f"class {number}" for number in range(model.num_classes))
+        self.model = network_on(self.checkpoint, self.device)
+        self.names = self.checkpoint.names() or tuple(f"class {number}" for number in range(self.model.num_classes))
         self.colours = self.checkpoint.colours()
         self.protocol = protocol.with_scale_of(self.checkpoint)
-        self.protocol.scales()  # raises if they cannot be
-        self.model = place(model, self.device).eval()
 
     def __call__(self, photograph):
         """photograph: a file, a PIL image (both are turned upright, EXIF), or uint8 [H, W, 3] RGB
@@ -185,8 +181,6 @@ def image_of(photograph):
             raise UserError(f"an array is uint8 [H, W, 3], not {photograph.dtype} {list(photograph.shape)}")
         # A copy: PyTorch takes no negative strides, as of [..., ::-1], and nothing read-only.
         return torch.from_numpy(np.array(photograph)).permute(2, 0, 1)
-    if not Path(photograph).exists():
-        raise UserError(f"{photograph}: there is no such photograph, or it is a link that leads nowhere")
     return read_image(Path(photograph))
 
 

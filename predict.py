@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 import visualize
 from device import add_one_device_flags, describe, readable_errors
-from files import check_no_overlap, check_writable, output_file, remove_leftovers
+from files import check_no_overlap, output_file
 from inference import Predictor, Protocol, add_protocol_flags, check_protocol, image_of
-from voc import LABEL_FOLDERS, heic_hint, id_of, is_readable, opened, walk
+from voc import LABEL_FOLDERS, heic_hint, id_of, is_readable, walk
 from weights import add_network_flags
 
 
@@ -44,16 +44,11 @@ def main(args):
         if paths.setdefault(name, path) != path:
             problems.append(f"{PROG}: error: {path}: its pictures would have the names of those of {paths[name]}; "
                             "label it into another --save_dir")
-    written = {name: [args.save_dir / f"{name}.png", *([args.save_dir / f"overlay/{name}.jpg"] if args.overlay else [])]
-               for name in paths}
-    every_target = [target for files in written.values() for target in files]
-    check_no_overlap(found, every_target, f"--save_dir {args.save_dir}")
-    if args.save_dir.name in LABEL_FOLDERS and any(target.exists() for target in every_target):
-        raise UserError(f"--save_dir {args.save_dir}: holds labels of these photographs; name another folder")
-    check_writable(args.save_dir)
-    remove_leftovers({target.parent for target in every_target})
+    labels = args.save_dir.rglob("*") if args.save_dir.name in LABEL_FOLDERS else ()  # of a data set
+    kinds = ("{}.png", "overlay/{}.jpg")[:1 + args.overlay]
+    written = visualize.picture_files(args.save_dir, paths, kinds, [*found, *labels, *filter(None, [args.csv])])
     if args.csv:
-        check_no_overlap([*found, *every_target, args.checkpoint], [args.csv], f"--csv {args.csv}")
+        check_no_overlap([*found, args.checkpoint], [args.csv], f"--csv {args.csv}")
         write_csv = output_file(args.csv)
     predictor = Predictor(args.checkpoint, args.device, args.device_id, args.backbone, args.at_once, Protocol.of(args))
     print(f"{predictor.checkpoint}\n{counted(paths)}, {predictor.protocol}, on "
@@ -87,17 +82,15 @@ def find_photographs(inputs, save_dir):
     for given in inputs:
         if not given.exists():
             raise UserError(f"{given}: there is no such photograph or folder")
-        if not given.is_dir():
-            found.setdefault(given, given.stem)
-            continue
+        folder = given if given.is_dir() else given.parent
+        around = Path(os.path.realpath(given)) in out.parents  # what lies in `out` then is of an earlier call
         paths, again = walk(given)
         skipped += [f"skipped, it is read under another name: {path}" for path in again]
         for path in paths:
-            inside = Path(os.path.realpath(given)) in out.parents and out in Path(os.path.realpath(path)).parents
-            if inside:
+            if around and out in Path(os.path.realpath(path)).parents:
                 continue
-            if is_readable(path):
-                found.setdefault(path, id_of(path, given))
+            if path == given or is_readable(path):
+                found.setdefault(path, id_of(path, folder))
             else:
                 skipped.append(f"skipped, Pillow does not know its format: {path}{heic_hint([path])}")
     if not found:
@@ -112,9 +105,6 @@ def counted(photographs):
 def label(predictor, path, class_file, overlay_file=None):
     """Writes the pictures of one photograph. -> the share of each class, float [C]"""
     image = image_of(path).permute(1, 2, 0).numpy()
-    with opened(path, "image") as file:
-        if getattr(file, "is_animated", False) and file.format != "MPO":  # whose others are the camera's previews
-            tqdm.write(f"note: {path}: holds several frames; the first is labelled")
     classes = predictor(image)
     visualize.save(visualize.class_picture(classes, predictor.colours), class_file)
     if overlay_file:

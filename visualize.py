@@ -10,14 +10,13 @@ import io
 import itertools
 import logging
 import math
-import textwrap
 import warnings
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from files import whole_file
-from voc import IGNORE
+from files import check_no_overlap, check_writable, remove_leftovers, whole_file
+from voc import IGNORE, first_of
 
 OPACITY = 0.55  # of the class colours over an image
 OPACITIES = [0] + [round(255 * OPACITY)] * (IGNORE - 1) + [255]  # of each class and of IGNORE, in 255ths
@@ -40,25 +39,36 @@ BLOCKS = 2  # samples per row of a grid of images with their labels
 BAR_LENGTH = 160  # pixels of a bar of 100%
 GAP = 6  # pixels between pictures
 ROW, COLUMN = 0, 1  # the axis along which `joined` places pictures
-JPEG_SIDE, JPEG_QUALITY = 65_500, 90  # the format allows no longer sides
+JPEG_QUALITY = 90
 
 RUNNING_PART = 10  # the running mean of the loss spans 1 / RUNNING_PART of all values
 CHART_STYLE = {"text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
                "axes.spines.right": False, "axes.titlelocation": "left", "figure.constrained_layout.h_pad": 0.1}
 CURVES, BAR, NAME = (13, 8.5), 0.2, 30  # inches of the curves, and at least of a class's bar; letters of a name shown
 CELL, MATRIX = 0.36, 2.5  # side of a confusion matrix's cell, and the least of the matrix, in inches
-
 ASCII = frozenset(map(chr, range(0x20, 0x7F)))
-NOTED = 20  # a note on missing letters shows at most this many, with the spaces between
 
 
 def save(picture, path):
     """Writes a PIL image as .png or .jpg, completely or not at all. Creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jpg":
-        picture.thumbnail((JPEG_SIDE, JPEG_SIDE))  # a smaller one stays as it is
     with whole_file(path) as temporary:
         picture.save(temporary, "JPEG" if path.suffix == ".jpg" else "PNG", quality=JPEG_QUALITY)  # PNG ignores this
+
+
+def picture_files(folder, names, kinds, read):
+    """The files of some images' pictures in --save_dir: {name of an image: [path of each kind, say "overlay/{}.jpg"]}.
+
+    What killed writers left there is deleted. Raises OSError if the folder cannot be written to, or a picture would
+    overwrite one of another kind or a file of `read`.
+    """
+    found = {name: [folder / kind.format(name) for kind in kinds] for name in names}
+    for files in zip(*found.values(), strict=True):
+        check_no_overlap(read, files, f"--save_dir {folder}")
+        read = [*read, *files]
+    check_writable(folder)
+    remove_leftovers({file.parent for files in found.values() for file in files})
+    return found
 
 
 def class_picture(classes, colours):
@@ -88,28 +98,23 @@ def overlay(image, classes, names, colours):
 def comparison(image, label, prediction, names, colours):
     """Image, label, prediction and errors side by side, with a legend of their classes."""
     wrong = (label != prediction)[label != IGNORE]
-    share = percent(wrong.mean()) if wrong.size else "nothing is labelled"
+    errors = f"errors: {percent(wrong.mean()) if wrong.size else 'nothing is labelled'}"
     side = min(max(max(label.shape), PANEL_SIDES[0]), PANEL_SIDES[1])
-    return grid([("", image, label, prediction)], (*PANELS, f"errors: {share}"), (side, side), names, colours)
+    return sample_grid([("", image, label, prediction)], names, colours, box=(side, side), errors=errors)
 
 
-def sample_grid(samples, names, colours, title):
-    """Samples [(name, image, label, prediction), ...] as comparisons, one a row; or [(name, image, label), ...] as
-    images with their labels, BLOCKS a row."""
-    blocks, captions = (1, (*PANELS, "errors")) if len(samples[0]) == 4 else (min(BLOCKS, len(samples)), PANELS[:2])
-    body = grid(samples, captions, SAMPLE_BOX, names, colours, blocks)
-    return joined([text_line(title, ImageFont.load_default(TITLE)), body], COLUMN)
+def sample_grid(samples, names, colours, title="", box=SAMPLE_BOX, errors="errors"):
+    """Samples [(name, image, label, prediction), ...] with their errors, one a row; or [(name, image, label), ...],
+    BLOCKS a row; with a legend.
 
-
-def grid(samples, captions, box, names, colours, blocks=1):
-    """Views of samples [(name, image, one or two class maps), ...], `blocks` a row, below captions; and a legend.
-
-    box: maximum (width, height) of a view
+    box: maximum (width, height) of a view; errors: their caption
     """
     font = font_for([*names, *(name for name, *_ in samples)], *box)
-    heads = [text_line(text, font, WRONG if text.startswith("errors") else None) for text in captions]
     parts = [views(image, maps, box, colours, max(1, font.size // OUTLINE_PART)) for _, image, *maps in samples]
+    captions = (*PANELS, errors)[:len(parts[0])]
+    heads = [text_line(text, font, WRONG if text == errors else None) for text in captions]
     width = max(view.width for part in (heads, *parts) for view in part)
+    blocks = min(BLOCKS, len(samples)) if len(heads) == 2 else 1
     cells = [joined(heads, ROW, GAP, (width, 0))] * blocks
     for (name, *_), part in zip(samples, parts, strict=True):
         row = joined(part, ROW, GAP, (width, 0))
@@ -117,7 +122,8 @@ def grid(samples, captions, box, names, colours, blocks=1):
         cells.append(joined([*above, row], COLUMN))
     rows = [joined(cells[start:start + blocks], ROW, 4 * GAP) for start in range(0, len(cells), blocks)]
     body, maps = joined(rows, COLUMN, GAP), [classes for _, _, *maps in samples for classes in maps]
-    return joined([body, legend(maps, names, colours, body.size, font)], COLUMN, GAP)
+    body = joined([body, legend(maps, names, colours, body.size, font)], COLUMN, GAP)
+    return joined([text_line(title, ImageFont.load_default(TITLE)), body], COLUMN) if title else body
 
 
 def views(image, maps, box, colours, line):
@@ -141,13 +147,12 @@ def views(image, maps, box, colours, line):
 def class_bars(shares, names, colours):
     """The classes' shares of the pixels in some lists. shares: {list: float [256], of each value of the labels}"""
     font, total = font_for(names, *SAMPLE_BOX), sum(shares.values())
-    present = [index for index in np.argsort(-total).tolist() if total[index]]
-    fills = [tuple(colours[index].tolist()) for index in present]
+    fills = {index: tuple(colours[index].tolist()) for index in np.argsort(-total).tolist() if total[index]}
     columns = [[text_line("", font), *(text_line("not labelled" if index == IGNORE else names[index], font, fill)
-                                       for index, fill in zip(present, fills, strict=True))]]
+                                       for index, fill in fills.items())]]
     for name, part in shares.items():
         columns.append([text_line(f"{name}, share of the pixels", font)])
-        for index, fill in zip(present, fills, strict=True):
+        for index, fill in fills.items():
             bar = Image.new("RGB", (round(BAR_LENGTH * part[index]), font.size), fill)
             columns[-1].append(joined([bar, text_line(percent(part[index]), font)], ROW, 0, (0, 2 * font.size)))
     return joined([joined(column, COLUMN) for column in columns], ROW, GAP)
@@ -222,7 +227,7 @@ def fitting(name, end, font, width):
 
 def runs(text, font):
     """[(part of a text, its font), ...]: ASCII has Pillow's own, within other letters only if the font lacks it."""
-    if not text.isascii() and ASCII <= charmap(font.path):
+    if not text.isascii() and ASCII <= installed_fonts().get(font.path, ("", ASCII))[1]:
         return [(text, font)]
     own = ImageFont.load_default(font.size)
     return [("".join(run), own if ascii else font) for ascii, run in itertools.groupby(text, str.isascii)]
@@ -265,7 +270,7 @@ def chart_style(names):
     from matplotlib.figure import Figure
 
     path, _ = font_file(names)
-    families = [installed_fonts()[path]] if path else []
+    families = [installed_fonts()[path][0]] if path else []
     with (matplotlib.rc_context({"font.family": ["DejaVu Sans", *families], **CHART_STYLE}),
           warnings.catch_warnings(record=True)):  # of missing letters, which `missing_font` reports
         yield Figure
@@ -350,7 +355,7 @@ def draw_confusion(confusion, names):
 
 def missing_font(names):
     """One line that lists the letters of class names that pictures cannot show and names packages, or None."""
-    missing = textwrap.shorten(" ".join(sorted(font_file(names)[1])), NOTED, placeholder=" ...")
+    missing = first_of(sorted(font_file(names)[1]), " ")
     return (f"no installed font has all letters of the class names, so pictures show boxes for {missing}; on Debian or "
             "Ubuntu: apt-get install fonts-noto-cjk (Chinese, Japanese, Korean) or fonts-noto (other scripts)"
             if missing else None)
@@ -368,31 +373,25 @@ def font_file(names):
     letters = {letter for letter in "".join(names) if not letter.isascii() and letter.isprintable()}
     if not letters:
         return None, letters
-    path = max(installed_fonts(), key=lambda path: (len(letters & charmap(path)), len(ASCII & charmap(path))))
-    return path, letters - charmap(path)
+    fonts = installed_fonts()
+    path = max(fonts, key=lambda path: [len(wanted & fonts[path][1]) for wanted in (letters, ASCII)])
+    return path, letters - fonts[path][1]
 
 
 @functools.cache
 def installed_fonts():
-    """{path: family}: regular faces and sans-serif families first."""
-    from matplotlib import font_manager
+    """{path: (family, its characters)}: regular faces and sans-serif families first."""
+    from matplotlib import font_manager, ft2font
 
     logging.getLogger(font_manager.__name__).setLevel(logging.ERROR)  # no warnings of families without this weight
-    known = {entry.fname for entry in font_manager.fontManager.ttflist}
-    for path in sorted(set(font_manager.findSystemFonts()) - known):  # installed after matplotlib cached its list
+    fonts, listed = {}, font_manager.fontManager.ttflist  # `addfont` adds to this list
+    for path in sorted(set(font_manager.findSystemFonts()).difference(entry.fname for entry in listed)):
         with contextlib.suppress(Exception):  # unusable fonts raise exceptions of many types
-            font_manager.fontManager.addfont(path)
-    entries = [entry for entry in font_manager.fontManager.ttflist
-               if not entry.name.startswith("Last Resort") and getattr(entry, "index", 0) == 0]
-    entries.sort(key=lambda entry: (entry.style != "normal", entry.weight != 400, "Sans" not in entry.name, entry.name))
-    return {entry.fname: entry.name for entry in entries}
-
-
-@functools.cache
-def charmap(path):
-    """The characters of a font."""
-    from matplotlib.ft2font import FT2Font
-
-    with contextlib.suppress(OSError, RuntimeError):  # deleted or damaged
-        return frozenset(map(chr, FT2Font(path).get_charmap()))
-    return frozenset()
+            font_manager.fontManager.addfont(path)  # installed after matplotlib cached its list
+    for entry in sorted(listed, key=lambda font: (font.style != "normal", font.weight != 400, "Sans" not in font.name,
+                                                  font.name)):
+        with contextlib.suppress(OSError, RuntimeError):  # deleted or damaged
+            if entry.fname not in fonts and not entry.name.startswith("Last Resort"):
+                letters = frozenset(map(chr, ft2font.FT2Font(entry.fname).get_charmap()))
+                fonts[entry.fname] = entry.name, letters
+    return fonts

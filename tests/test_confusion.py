@@ -58,7 +58,7 @@ def test_two_pictures_of_one_name_are_refused(checkpoint, own_drawn_voc, tmp_pat
     (own_drawn_voc / "ImageSets/Segmentation/twice.txt").write_text("drawn_val_0001\ndrawn_val_0001\n")
     run(*evaluate(checkpoint, own_drawn_voc, "--split", "twice", "--save_dir", tmp_path / "twice"))
     line = error_line(*evaluate(checkpoint, own_drawn_voc, "--split", "odd", "--save_dir", tmp_path / "val"))
-    assert "two pictures would be" in line and "confusion.png" in line and not list(tmp_path.rglob("val/*"))
+    assert "would overwrite" in line and "confusion.png" in line and not list(tmp_path.rglob("val/*"))
 
 
 @pytest.mark.parametrize("backbone, head", (("tiny", False), ("tiny_d8", True)))

@@ -57,12 +57,6 @@ def test_a_picture_is_saved_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == before and [entry.name for entry in path.parent.iterdir()] == ["a.png"]
 
 
-def test_a_jpeg_has_no_longer_sides_than_the_format_allows(tmp_path):
-    visualize.save(Image.new("RGB", (70_000, 200)), tmp_path / "a.jpg")
-    with Image.open(tmp_path / "a.jpg") as saved:
-        assert saved.format == "JPEG" and saved.size == (65_500, 187)
-
-
 def test_a_class_picture_holds_the_classes_and_shows_their_colours(tmp_path):
     classes = np.arange(256, dtype=np.uint8).reshape(16, 16)
     visualize.save(visualize.class_picture(classes, colours()), tmp_path / "a.png")
@@ -352,7 +346,6 @@ def install(tmp_path, monkeypatch):
         monkeypatch.setattr(font_manager.fontManager, "ttflist", list(own))
         monkeypatch.setattr(font_manager, "findSystemFonts", lambda: list(paths.values()))
         visualize.installed_fonts.cache_clear()
-        visualize.charmap.cache_clear()
         return list(paths.values())
 
     own = [entry for entry in font_manager.fontManager.ttflist if "mpl-data" in entry.fname]
@@ -394,7 +387,7 @@ def test_a_note_lists_the_letters_that_no_font_has_and_packages(install):
     assert "\n" not in line and "boxes for ひ 猫 한;" in line
     assert "apt-get install fonts-noto-cjk" in line and "fonts-noto (other" in line
     many = visualize.missing_font(["".join(map(chr, range(0x4E00, 0x4F00)))])
-    assert len(many) < len(line) + 30 and "..." in many
+    assert len(many) < len(line) + 30 and "and 251 more" in many
 
 
 def test_a_note_lists_the_letters_that_the_font_of_the_names_lacks(install):
@@ -406,8 +399,8 @@ def test_a_font_that_was_deleted_or_is_damaged_is_not_used(install, tmp_path):
     install(Deleted="猫", Damaged="猫")
     (tmp_path / "Damaged.ttf").write_bytes(b"no font")
     visualize.installed_fonts()
+    visualize.installed_fonts.cache_clear()
     (tmp_path / "Deleted.ttf").unlink()
-    visualize.charmap.cache_clear()
     assert visualize.missing_font(["猫"])
 
 
