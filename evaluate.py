@@ -83,7 +83,7 @@ def main(args):
         protocol.check(sizes)
         if ranks.rank == 0:
             where = f"{ranks.count} x {device.describe(ranks.device, args.device)}"
-print(f"{checkpoint}\n{len(sizes)} {what}, {protocol}, on {where}, {protocol.precision(ranks.device)}",
+            print(f"{checkpoint}\n{len(sizes)} {what}, {protocol}, on {where}, {protocol.precision(ranks.device)}",
                   flush=True)
             for note in filter(None, (named, *notes, args.save_dir and visualize.missing_font(names))):
                 print(f"note: {note}", flush=True)
