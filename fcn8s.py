@@ -10,14 +10,13 @@ which of two ways to predict at stride 8 is used:
 Shapes: N images of H x W pixels, C classes; a map of stride s has ceil(H / s) x ceil(W / s) pixels.
 """
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import UserError
-
-FORMS = ("unpadded", "padded", "at_once")  # of vgg16, see VGG16.use_form
 SKIP_STRIDES = (8, 16, 32)
 STRIDE = 8  # of the logits before they are enlarged
 
@@ -30,24 +29,20 @@ class FCN8s(nn.Module):
 
     def __init__(self, num_classes=21, backbone="resnet50_d8"):
         super().__init__()
-        if backbone not in BACKBONES:
-            raise UserError(f"there is no backbone '{backbone}'; there are {', '.join(BACKBONES)}")
         self.num_classes, self.backbone_name, self.form = num_classes, backbone, "unpadded"
         self.backbone = BACKBONES[backbone].network()
         channels, self.auxiliary_head = self.backbone.channels, None
         if tuple(self.backbone.strides) == SKIP_STRIDES:
             self.decode_head = SkipHead(channels, num_classes)
         elif set(self.backbone.strides) != {STRIDE}:
-            raise UserError(f"{backbone}: has strides {self.backbone.strides}; the heads take 8, 16, 32 or 8, 8, 8")
+            raise ValueError(f"{backbone}: has strides {self.backbone.strides}; the heads take 8, 16, 32 or 8, 8, 8")
         else:
             self.decode_head = ConvHead(2, channels[2], 512, num_classes, convs=2, concat_input=True)
             self.auxiliary_head = ConvHead(1, channels[1], 256, num_classes, convs=1)
 
     def use_form(self, form):
         """Switches to a form of vgg16, see VGG16.use_form; every other network has the form "unpadded" alone."""
-        if form not in FORMS or (form != "unpadded" and not hasattr(self.backbone, "use_form")):
-            raise UserError(f"there is no form '{form}' of {self.backbone_name}")
-        if hasattr(self.backbone, "use_form"):
+        if form != self.form:
             self.backbone.use_form(form)
             self.decode_head.use_form(form)
         self.form = form
@@ -194,27 +189,6 @@ class ResNet(nn.Module):
         stage2 = self.layer2(x)
         stage3 = self.layer3(stage2)
         return stage2, stage3, self.layer4(stage3)
-
-
-class ResNet50(ResNet):
-    """ResNet-50 at strides 8, 16, 32."""
-
-    def __init__(self):
-        super().__init__(blocks=(3, 4, 6, 3))
-
-
-class ResNet50D8(ResNet):
-    """mmsegmentation's ResNetV1c-50-D8."""
-
-    def __init__(self):
-        super().__init__(blocks=(3, 4, 6, 3), deep_stem=True, dilated=True)
-
-
-class ResNet101D8(ResNet):
-    """mmsegmentation's ResNetV1c-101-D8."""
-
-    def __init__(self):
-        super().__init__(blocks=(3, 4, 23, 3), deep_stem=True, dilated=True)
 
 
 def conv_bn_relu(channels, width, stride=1):
@@ -381,29 +355,31 @@ OPENMMLAB = "https://download.openmmlab.com/pretrain/third_party/"
 TORCHVISION = "https://download.pytorch.org/models/"
 MMSEG = "https://download.openmmlab.com/mmsegmentation/v0.5/fcn/"
 R50_VOC, R101_VOC = "fcn_r50-d8_512x512_20k_voc12aug", "fcn_r101-d8_512x512_20k_voc12aug"
+R50, R101 = (3, 4, 6, 3), (3, 4, 23, 3)  # blocks of each stage
+V1C_D8 = {"deep_stem": True, "dilated": True}  # mmsegmentation's ResNetV1c-D8
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
     """A row of the table.
 
-    network: the class of the backbone
+    network: makes the backbone
     imagenet: the URL of its ImageNet weights, whose file name ends in the first 8 digits of the file's SHA-256; or None
     voc: the URL of a whole network trained on VOC 2012 + SBD, which goes by the name "<backbone>_voc"; or None
     lr: the default learning rate
     """
-    network: type
+    network: Callable[[], nn.Module]
     imagenet: str | None = None
     voc: str | None = None
     lr: float = 1e-2
 
 
 BACKBONES = {
-    "resnet50_d8": Backbone(ResNet50D8, OPENMMLAB + "resnet50_v1c-2cccc1ad.pth",
+    "resnet50_d8": Backbone(partial(ResNet, R50, **V1C_D8), OPENMMLAB + "resnet50_v1c-2cccc1ad.pth",
                             f"{MMSEG}{R50_VOC}/{R50_VOC}_20200617_010715-52dc5306.pth"),
-    "resnet101_d8": Backbone(ResNet101D8, OPENMMLAB + "resnet101_v1c-e67eebb6.pth",
+    "resnet101_d8": Backbone(partial(ResNet, R101, **V1C_D8), OPENMMLAB + "resnet101_v1c-e67eebb6.pth",
                              f"{MMSEG}{R101_VOC}/{R101_VOC}_20200617_010842-0bb4e798.pth"),
-    "resnet50": Backbone(ResNet50, TORCHVISION + "resnet50-0676ba61.pth"),
+    "resnet50": Backbone(partial(ResNet, R50), TORCHVISION + "resnet50-0676ba61.pth"),
     "vgg16": Backbone(VGG16, TORCHVISION + "vgg16-397923af.pth", lr=1e-3),  # without BN, 1e-2 is too high
 }
 DEFAULT_BACKBONE = "resnet50_d8"

@@ -198,21 +198,6 @@ def test_where_no_pixel_is_labelled_the_json_has_null(checkpoint, own_drawn_voc,
     assert scores["classes"]["cat"]["Acc"] is None and "aAcc -" in done.stdout
 
 
-def test_several_processes_give_the_scores_of_one_and_the_summary(checkpoint, drawn_voc, tmp_path):
-    found = []
-    for cards, flags in ((1, ()), (2, ("--device_list", "0,1"))):
-        evaluate(checkpoint, drawn_voc, "--json", tmp_path / "scores.json", *flags)
-        scores = json.loads((tmp_path / "scores.json").read_text())
-        found.append({name: value for name, value in scores.items() if "second" not in name})
-        lines = (checkpoint.parents[1] / f"FCN_bs1_{cards}p_val.log").read_text().splitlines()
-        summary = dict(line.split(" = ") for line in lines)
-        assert summary["RankSize"] == str(cards) and summary["CaseName"] == f"FCN_bs1_{cards}p_val"
-        assert float(summary["mIoU"]) == pytest.approx(scores["mIoU"] / 100)
-        assert float(summary["ActualFPS"]) == pytest.approx(scores["images_per_second"])
-        assert float(summary["ValTime"]) == pytest.approx(1000 * cards * scores["seconds"] / scores["images"])
-    assert found[0] == found[1] and found[0]["images"] == 5
-
-
 def test_three_lines_of_python_label_a_photograph(tmp_path, drawn_voc):
     """A file, an array and a PIL image of the same photograph have the same class map."""
     checkpoint = untrained_checkpoint(tmp_path / "net.pth", CLASSES)

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from cli import UserError
 from fcn8s import BACKBONES, Backbone, FCN8s, ResNet, SkipHead, bilinear_upsampling
 from transforms import prepare
 
@@ -46,7 +45,7 @@ def test_parameters_and_names_are_the_references(models):
 def test_strides_without_a_head_are_refused(monkeypatch, strides):
     network = type("Network", (nn.Module,), {"channels": (8, 8, 16), "strides": strides})
     monkeypatch.setitem(BACKBONES, "odd", Backbone(network))
-    with pytest.raises(UserError, match="odd: has strides .*; the heads take 8, 16, 32 or 8, 8, 8"):
+    with pytest.raises(ValueError, match="odd: has strides .*; the heads take 8, 16, 32 or 8, 8, 8"):
         FCN8s(5, "odd")
 
 

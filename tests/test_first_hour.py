@@ -134,9 +134,7 @@ def test_a_published_network_is_a_start_by_its_name(monkeypatch, own_data, tmp_p
 
 
 @pytest.mark.parametrize("name, code", (
-    ("cli", "import torch; torch.hub.load(sys.argv[1], 'fcn8s', 'a.pth', source='local')"),
     ("weights", "import torch; torch.hub.load(sys.argv[1], 'fcn8s', 'a.pth', source='local')"),
-    ("cli", "sys.path.append(sys.argv[1]); import inference"),
     ("device", "sys.path.append(sys.argv[1]); import inference")))
 def test_a_module_of_another_program_in_the_way_is_named(tmp_path, name, code):
     (tmp_path / f"{name}.py").write_text("")

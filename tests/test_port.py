@@ -60,7 +60,7 @@ def test_the_padded_evaluation_is_the_one_by_hand(real_voc, tmp_path, monkeypatc
     torch.save({"state_dict": model.state_dict(), "meta": {
         "backbone": "tiny_d8", "num_classes": 21, "classes": CLASSES, "scale": (512, 512), "args": {"pad_to": 512}}},
         tmp_path / "net.pth")
-    ids = (real_voc / "ImageSets/Segmentation/val.txt").read_text().split()[:6]
+    ids = (real_voc / "ImageSets/Segmentation/val.txt").read_text().split()[:3]
     expected = padded_evaluation(model, real_voc, ids)
     photograph = torch.from_numpy(np.array(Image.open(real_voc / f"JPEGImages/{ids[0]}.jpg"))).permute(2, 0, 1)
     plain, found, pixels = transforms.resize_image, {}, []

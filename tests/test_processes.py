@@ -1,4 +1,5 @@
 """Several processes, real ones with gloo on the CPU: they train as one, score as one, stop together, and come back."""
+import json
 import os
 import random
 import signal
@@ -49,9 +50,12 @@ def test_the_files_of_two_ranks(two_ranks):
     assert "RankSize = 2\n" in (two_ranks / "FCN_bs2_2p_acc.log").read_text()
 
 
-def test_two_machines_are_one_with_all_the_ranks(two_ranks, drawn_voc, tmp_path):
+def test_two_machines_are_one_with_all_the_ranks(two_ranks, drawn_voc, own_drawn_voc, tmp_path):
+    """Each has a data folder of its own."""
+    (own_drawn_voc / "moved").mkdir()  # nothing that a run reads
     where = ("--nnodes", 2, "--master_addr", "127.0.0.1", "--master_port", free_port(), "--device_list", 0)
-    machines = [start(drawn_voc, tmp_path / f"machine{rank}", *FLAGS, *where, "--node_rank", rank) for rank in (0, 1)]
+    machines = [start(folder, tmp_path / f"machine{rank}", *FLAGS, *where, "--node_rank", rank)
+                for rank, folder in enumerate((drawn_voc, own_drawn_voc))]
     for machine in machines:
         finish(machine, 0)
     assert_same_run(tmp_path / "machine0", two_ranks)
@@ -145,22 +149,29 @@ def test_1_to_4_ranks_score_every_image_once(drawn_voc, tmp_path):
     assert len(ids) == 5 and alone.sum() == sum((label != 255).sum() for label in labels)
 
 
-def test_evaluate_scores_by_all_ranks(two_ranks, drawn_voc):
-    flags = ("--data_path", drawn_voc, "--device", "cpu")  # the scale is the checkpoint's
-    run(ROOT / "evaluate.py", two_ranks / "ckpt/latest.pth", *flags, "--device_list", "0,1")
-    lines = (two_ranks / "FCN_bs1_2p_val.log").read_text().splitlines()
-    summary = dict(line.split(" = ") for line in lines)
-    assert float(summary["mIoU"]) == pytest.approx(metrics(two_ranks)[-1]["mIoU"] / 100, abs=1e-12)
-    assert float(summary["E2EValTime"]) >= 5 / float(summary["ActualFPS"]) > 0  # 5 images
-    assert float(summary["ValTime"]) == pytest.approx(1000 * 2 / float(summary["ActualFPS"]))  # ms for one of each card
-    assert summary["CaseName"] == "FCN_bs1_2p_val" and not list((two_ranks / "ckpt").glob("*.log"))
+def test_several_ranks_give_the_scores_of_one_and_the_summary(two_ranks, drawn_voc, tmp_path):
+    """And those of the training's own evaluation; the scale is the checkpoint's."""
+    found, flags = [], ("--data_path", drawn_voc, "--device", "cpu", "--json", tmp_path / "scores.json")
+    for cards, devices in ((1, ()), (2, ("--device_list", "0,1"))):
+        run(ROOT / "evaluate.py", two_ranks / "ckpt/latest.pth", *flags, *devices)
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        found.append({name: value for name, value in scores.items() if "second" not in name})
+        lines = (two_ranks / f"FCN_bs1_{cards}p_val.log").read_text().splitlines()
+        summary = dict(line.split(" = ") for line in lines)
+        assert summary["RankSize"] == str(cards) and summary["CaseName"] == f"FCN_bs1_{cards}p_val"
+        assert float(summary["mIoU"]) == pytest.approx(metrics(two_ranks)[-1]["mIoU"] / 100, abs=1e-12)
+        assert float(summary["ActualFPS"]) == pytest.approx(scores["images_per_second"])
+        assert float(summary["E2EValTime"]) >= scores["seconds"] > 0
+        assert float(summary["ValTime"]) == pytest.approx(1000 * cards * scores["seconds"] / 5)  # ms, one of each card
+    assert found[0] == found[1] and found[0]["images"] == 5 and found[0]["mIoU"] == metrics(two_ranks)[-1]["mIoU"]
+    assert not list((two_ranks / "ckpt").glob("*.log"))
 
 
 def test_two_ranks_train_as_one_of_twice_the_batch(drawn_voc, tmp_path):
-    """Of a network without BN, whose statistics are each rank's own."""
+    """In two batches, whose gradients add up; of a network without BN, whose statistics are each rank's own."""
     flags = ("--backbone", "tiny_plain", "--max_iters", 5, "--crop_size", 32, "--scale", 128, 32)
     train(drawn_voc, tmp_path / "one", *flags, "--batch_size", 4)
-    train(drawn_voc, tmp_path / "two", *flags, "--batch_size", 2, "--device_list", "0,1")
+    train(drawn_voc, tmp_path / "two", *flags, "--batch_size", 1, "--accumulate", 2, "--device_list", "0,1")
     train(drawn_voc, tmp_path / "start", *flags, "--batch_size", 4, "--max_iters", 1)
     one, two, first = (torch.cat([value.ravel() for value in state(tmp_path / name / "ckpt/latest.pth")[
         "state_dict"].values()]) for name in ("one", "two", "start"))

@@ -28,22 +28,29 @@ class Changing:
         return spec
 
 
-class NoCompiler(types.ModuleType):
-    """Stands for torch._dynamo, which an optimizer's first step and DistributedDataParallel import, for a second, to
-    call these. They do nothing where nothing is compiled. Asked for anything else, it makes way."""
-    graph_break = staticmethod(lambda *arguments: None)
-    disable = staticmethod(lambda function, *arguments, **options: function)
-    utils = types.SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer")  # the default
-    trace_rules = types.SimpleNamespace(clear_lru_cache=lambda: None)
+class StandIn(types.ModuleType):
+    """Stands for a module of PyTorch's compiler, and has what is asked of that where nothing is compiled. Asked for
+    anything else, it makes way."""
+
+    def __init__(self, name, **known):
+        super().__init__(name)
+        vars(self).update(known)
 
     def __getattr__(self, name):
-        if sys.modules.get(COMPILER) is self:
+        if name.startswith("__") and name != "__path__":  # of a search through all modules
+            raise AttributeError(name)
+        if isinstance(sys.modules.get(COMPILER), StandIn):
             del sys.modules[COMPILER]
-        return getattr(importlib.import_module(COMPILER), name)
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 def leave_compiler_out(torch):
-    sys.modules[COMPILER] = torch._dynamo = NoCompiler(COMPILER)
+    """An optimizer's first step and DistributedDataParallel import it, for a second, to call these."""
+    utils = StandIn(f"{COMPILER}.utils", get_optimize_ddp_mode=lambda: "ddp_optimizer")  # the default
+    rules = StandIn(f"{COMPILER}.trace_rules", clear_lru_cache=lambda: None)
+    sys.modules[COMPILER] = torch._dynamo = StandIn(
+        COMPILER, graph_break=lambda *arguments: None, disable=lambda function, *arguments, **options: function,
+        utils=utils, trace_rules=rules)
 
 
 def add_backbones(fcn8s):
