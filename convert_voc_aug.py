@@ -12,7 +12,6 @@ import multiprocessing
 import shutil
 import sys
 import tarfile
-import urllib.error
 import urllib.request
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 
@@ -108,10 +107,7 @@ def convert_all(mats, out_dir, processes):
 
 def convert(mat, png):
     """Converts a .mat file to a palette PNG unless that is done. -> an error message or None"""
-    for path in (mat, png):
-        if path.exists() and not path.is_file():  # opening a FIFO would block
-            return f"{path}: is not a file; delete it and run the same command again"
-    if len(mat.stem.split()) != 1 or not mat.stem.isprintable():  # the list has an id a line
+    if len(mat.stem.split()) != 1:  # the list has an id a line
         return f"{mat}: its name is not an image id; rename or delete it"
     if is_done(mat, png):
         return None
@@ -147,46 +143,36 @@ def fetch(archive, target):
     if target.exists():
         print(f"{target} exists, so it is not downloaded")
         return
-    if not hasattr(tarfile, "data_filter"):
-        raise cli.UserError(f"Python {sys.version.split()[0]} cannot unpack safely; take a newer release")
-    file = target.parent / url.rsplit("/", 1)[-1]
-    part = file.with_name(file.name + ".part")  # with which the next call resumes if this one is interrupted
+    placed = target.parent / url.rsplit("/", 1)[-1]  # by the user
+    part = placed.with_name(placed.name + ".part")  # with which the next call resumes if this one is interrupted
+    file = placed if placed.exists() else part
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            if receive(url, part) and md5_of(part) != md5:  # the earlier bytes were damaged or of another version
-                part.unlink()
-                receive(url, part)
-            part.replace(file)
+        if file == part:
+            receive(url, part)
         if md5_of(file) != md5:
-            raise cli.UserError(f"{file}: its MD5 is not {md5}; delete it and run the same command again")
+            raise cli.UserError(f"{file}: its MD5 is not {md5}; run the same command again, which resumes a download, "
+                                "or delete the file if that does not help")
         unpack(file, inner, target)
     except (OSError, http.client.HTTPException, tarfile.TarError) as error:  # also URLError
         raise cli.UserError(f"{url}: cannot be downloaded and unpacked as {target} ({cli.first_line(error)}); run the "
-                            f"same command again to resume, or place the archive at {file}") from None
+                            f"same command again to resume, or place the archive at {placed}") from None
     file.unlink()
 
 
 def receive(url, part):
-    """Downloads the bytes of a URL that the file `part` lacks. -> True if the earlier bytes were kept"""
-    start = part.stat().st_size if part.exists() else 0
+    """Downloads the bytes of a URL that the file `part` lacks."""
+    # The last byte once more, or the server would refuse to send no bytes.
+    start = max(0, part.stat().st_size - 1) if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return True  # no bytes are missing
-        raise
-    with response:
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             start = 0  # the server sends the whole file
         total = start + int(response.headers["Content-Length"] or 0)  # a server may not know it
-        with open(part, "ab" if start else "wb") as out, tqdm.wrapattr(
+        with open(part, "ab") as out, tqdm.wrapattr(
                 response, "read", total, desc=part.stem, initial=start, disable=None) as source:
+            out.truncate(start)
             shutil.copyfileobj(source, out, CHUNK)
-    if part.stat().st_size < total:
-        raise ConnectionError(f"the connection broke {total - part.stat().st_size} bytes before the end")
-    return start > 0
 
 
 def md5_of(file):
@@ -198,15 +184,14 @@ def md5_of(file):
 
 
 def unpack(file, inner, target):
-    """Unpacks the folder `inner` of a tar file as `target`, whole or not at all.
-
-    tarfile's filter "data" refuses devices and members that would be written outside the folder.
-    """
+    """Unpacks the folder `inner` of a tar file as `target`, whole or not at all."""
     scratch = target.with_name(f".{target.name}.unpacking")
     shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
     try:
         with tarfile.open(file) as tar:
-            tar.extractall(scratch, tqdm(tar, f"unpacking {file.name}", unit="file", disable=None), filter="data")
+            # It refuses members that would be written outside the folder. Python before 3.10.12 lacks it.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            tar.extractall(scratch, tqdm(tar, f"unpacking {file.name}", unit="file", disable=None))
         (scratch / inner).replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

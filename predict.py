@@ -53,8 +53,7 @@ def main(args):
     check_writable(args.save_dir)
     remove_leftovers({target.parent for target in every_target})
     if args.csv:
-        check_no_overlap([*found, *every_target, args.checkpoint], [args.csv], f"--csv {args.csv}")
-        write_csv = output_file(args.csv)
+        write_csv = output_file(args.csv, [*found, *every_target, args.checkpoint], f"--csv {args.csv}")
     predictor = Predictor(args.checkpoint, args.device, args.device_id, args.backbone, args.at_once, Protocol.of(args))
     print(f"{predictor.checkpoint.backbone} from {predictor.checkpoint.source}: {predictor.checkpoint.kind}\n"
           f"{counted(paths)}, {predictor.protocol}, on {describe(predictor.device, args.device)}, "

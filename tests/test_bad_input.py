@@ -225,7 +225,7 @@ def test_a_checkpoint_past_the_end_and_one_without_training_state(checkpoint, dr
 
 def test_evaluate_names_what_is_wrong_with_its_flags(checkpoint, drawn_voc, tmp_path):
     line = evaluate_error(checkpoint, drawn_voc, "--json", tmp_path / "absent/scores.json")
-    assert "absent/scores.json: cannot be written; name a file in a folder that exists" in line
+    assert "absent/scores.json: cannot be written to (No such file or directory); name a file in a folder" in line
     assert "would overwrite this file" in evaluate_error(checkpoint, drawn_voc, "--json", checkpoint)
     assert "would overwrite this file" in error_line(EXPORT, checkpoint, checkpoint)
     assert "--max_images" in evaluate_error(checkpoint, drawn_voc, "--max_images", 0, status=2)

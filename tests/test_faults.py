@@ -189,7 +189,7 @@ def test_a_port_in_use_and_a_master_that_does_not_answer(drawn_voc, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--addr", "10.0.0.1"), "no effect without --device_list"), (("--timeout", 5), "no effect without --device_list"),
+    (("--addr", "10.0.0.1"), "no effect without --device_list"),
     (("--device_list", "0,1", "--device_id", 0), "each process has its own device"),
     (("--device_list", "0,x"), "--device_list"),
     (("--device_list", "0", "--node_rank", 1), "--nnodes"),

@@ -2,7 +2,6 @@
 import contextlib
 import itertools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -240,23 +239,6 @@ def test_two_writers_of_one_file(tmp_path):
         theirs.write_text("theirs")
         remove_leftovers([tmp_path])
     assert (tmp_path / "name").read_text() == "ours" and len(list(tmp_path.iterdir())) == 1  # the last to end
-
-
-def test_a_link_or_a_pipe_of_a_temporary_files_name_is_left_alone(tmp_path):
-    """To open the pipe would wait for a writer, if it had none."""
-    folder, names = tmp_path / "run", [f".{digit * 16}.tmp" for digit in "01234"]
-    folder.mkdir()
-    (tmp_path / "file").write_text("mine")
-    os.mkfifo(tmp_path / "pipe")
-    os.mkfifo(folder / names[4])
-    for name, target in zip(names, ("file", "pipe", "", "absent"), strict=False):
-        (folder / name).symlink_to(tmp_path / target)
-    (folder / f".{'f' * 16}.tmp").write_text("of a writer that was killed")
-    ends = [os.open(path, os.O_RDWR) for path in (tmp_path / "pipe", folder / names[4])]
-    remove_leftovers([folder])
-    for end in ends:
-        os.close(end)
-    assert sorted(path.name for path in folder.iterdir()) == names and read(tmp_path / "file") == "mine"
 
 
 def test_a_link_in_place_of_the_lock_is_not_followed(drawn_voc, tmp_path):
