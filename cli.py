@@ -4,7 +4,6 @@ Every command imports this module first, before PyTorch. The body below prepares
 """
 import argparse
 import atexit
-import codecs
 import contextlib
 import ctypes
 import importlib.util
@@ -310,14 +309,6 @@ def discard(descriptor):
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
-def escaped(error):
-    """A handler of codec errors: a name that is not in the encoding keeps its bytes, another text gets escapes."""
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeError:
-        return codecs.backslashreplace_errors(error)
-
-
 def late_stop(number, frame):
     """The handler of a stop signal in a process that ends already: what nobody reads does not hold it up any more, and
     a second Ctrl-C ends it at once."""
@@ -347,15 +338,12 @@ def run(main, parse_args):
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupted)
     sys.unraisablehook = dropped
-    codecs.register_error("escaped", escaped)
     for descriptor, name in enumerate(("stdout", "stderr"), 1):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the caller; a file opened later must not become it
+        if getattr(sys, name) is None:  # closed by the caller; a file opened later must not become it
             discard(descriptor)
-            stream = open(os.devnull, "w")
-        setattr(sys, name, io.TextIOWrapper(
-            io.BufferedWriter(Output(descriptor, "w", closefd=False)), stream.encoding, "escaped",
-            line_buffering=stream.line_buffering or stream.write_through))  # the second: python -u
+        buffer = io.BufferedWriter(Output(descriptor, "w", closefd=False))
+        # A name that is not UTF-8 keeps its bytes.
+        setattr(sys, name, io.TextIOWrapper(buffer, "utf-8", "surrogateescape", line_buffering=True))
     try:
         status = main(parse_args())
         sys.stdout.flush()
@@ -400,12 +388,9 @@ def message_of(error):
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     line = line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-    threads = isinstance(error, BlockingIOError) or "can't start new thread" in str(error)
     lost = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)  # the worker's end of a pipe
     if lost or "DataLoader worker (pid" in str(error):
         line = f"a process that loads images died ({first_line(error)}); if memory ran out, lower --workers"
-    elif threads:
-        line = f"no more threads or processes can be started ({line}); raise ulimit -u, or a container's limit of pids"
     elif isinstance(error, OSError):
         line = (f"{error.filename}: " if error.filename else "") + (error.strerror or line)
     elif not isinstance(error, UserError):

@@ -72,14 +72,11 @@ def check_device_flags(parser, args):
         parser.error(f"{how}: this would be one of several processes, each alone; start one on each machine, {once}"
                      f"python {cli.PROG} --device_list 0,1,.., with --nnodes --node_rank --master_addr if they are "
                      f"several (docs/several-cards.md), or unset {how.partition('=')[0]}")
-    useless = {}  # {flag: why it has no effect}
-    if args.device_list or how == "rank":
-        useless["device_id"] = "with --device_list or torchrun: each process has its own device"
-    if not args.device_list:
-        useless.update(dict.fromkeys(LAUNCH_FLAGS, "without --device_list, nor with torchrun, which has its own"))
-    for flag, reason in useless.items():
-        if getattr(args, flag) is not None:
-            parser.error(f"--{flag} {getattr(args, flag)} has no effect {reason}")
+    if args.device_id is not None and (args.device_list or how == "rank"):
+        parser.error("--device_id has no effect with --device_list or torchrun: each process has its own device")
+    useless = [flag for flag in LAUNCH_FLAGS if getattr(args, flag) is not None]
+    if useless and not args.device_list:
+        parser.error(f"--{useless[0]} has no effect without --device_list, nor with torchrun, which has its own")
     nodes, node_rank = args.nnodes or 1, args.node_rank or 0
     if node_rank >= nodes or nodes > 1 and None in (args.master_addr, args.node_rank):
         parser.error(f"--nnodes {nodes} takes --node_rank 0 to {nodes - 1}, and if above 1 needs it and --master_addr")
@@ -245,11 +242,10 @@ def launch(args, script):
     os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join([*stops, "SIGQUIT"])  # torchrun's; PyTorch 2.6 ignores it
     logging.disable(logging.CRITICAL)  # torchrun's report; the ranks say what is wrong
     if args.local_addr:
-        check_local_address(args.local_addr)
         os.environ.setdefault("HCCL_IF_IP", args.local_addr)
     own = [f"--{flag}={getattr(args, flag)}" for flag in LAUNCH_FLAGS if getattr(args, flag) is not None]
     if not (args.master_addr or args.master_port):
-        own += ["--standalone", f"--local_addr={args.local_addr or DEFAULT_ADDRESS}"]  # the host's name may not resolve
+        own += ["--standalone", f"--local_addr={DEFAULT_ADDRESS}"]  # the host's name may not resolve
     # A machine tries to reach machine 0 twice, each time for the whole of torchrun's timeout.
     timeout = max(1, args.timeout // 2) if args.node_rank else args.timeout
     address, port = args.master_addr or DEFAULT_ADDRESS, args.master_port or DEFAULT_PORT
@@ -267,14 +263,6 @@ def launch(args, script):
                      f"({cli.first_line(error)})")
             raise cli.UserError(in_use if "EADDRINUSE" in str(error) else alone) from None
     return 0
-
-
-def check_local_address(address):
-    """Raises UserError if the --local_addr is not this machine's: its ranks would wait for each other in silence."""
-    try:
-        socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET).close()
-    except OSError as error:
-        raise cli.UserError(f"--local_addr {address}: is no address of this machine ({error})") from None
 
 
 def status_of(failures):

@@ -100,13 +100,10 @@ def test_tasks_of_srun_that_know_nothing_of_each_other_are_an_error_with_the_rig
     assert parsed({"SLURM_STEP_NUM_TASKS": "2", "RANK": "0"})[1] is None
 
 
-@pytest.mark.parametrize("variables, flags, words", (
-    ({**ONE_CARD, "WORLD_SIZE": "2", "MASTER_PORT": "99999"}, (), "rank 0 could not meet the other processes"),
-    ({}, ("--device_list", "0,1", "--local_addr", "192.0.2.1"), "--local_addr 192.0.2.1: is no address of this"),
-    ({}, ("--device_list", "0,1", "--local_addr", "nowhere.invalid"), "nowhere.invalid: is no address of this")))
-def test_an_address_that_cannot_be_is_one_line_at_once(variables, flags, words, drawn_voc, tmp_path):
-    command = (*train_flags(drawn_voc, tmp_path / "run"), *flags)
-    assert words in error_line(ROOT / "train.py", *command, env=variables)
+def test_a_port_that_cannot_be_is_one_line_at_once(drawn_voc, tmp_path):
+    variables = {**ONE_CARD, "WORLD_SIZE": "2", "MASTER_PORT": "99999"}
+    assert "rank 0 could not meet the other processes" in error_line(
+        ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), env=variables)
 
 
 def test_torchruns_mark_alone_makes_no_rank(parsed):
@@ -351,13 +348,6 @@ def test_a_file_system_without_locks_is_a_note(drawn_voc, tmp_path, monkeypatch)
         flags = (*train_flags(drawn_voc, tmp_path / "run"), "--max_iters", iterations, "--resume", "auto")
         output = run(ROOT / "train.py", *flags).stdout
         assert output.count(f"note: the file system of {tmp_path / 'run'} has no locks (No locks available)") == 1
-
-
-@pytest.mark.parametrize("error", (RuntimeError("can't start new thread"),
-                                   BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")))
-def test_a_limit_on_processes_is_one_line(error):
-    message = cli.message_of(error)
-    assert "no more threads or processes can be started" in message and "ulimit -u" in message and "\n" not in message
 
 
 def test_a_rank_that_sigkill_ended_makes_one_think_of_memory(capsys):
