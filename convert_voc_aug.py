@@ -10,7 +10,6 @@ import hashlib
 import http.client
 import multiprocessing
 import shutil
-import sys
 import tarfile
 import urllib.request
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
@@ -71,24 +70,21 @@ def main(args):
     out_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers([out_dir])
 
-    problems = convert_all(mats, out_dir, args.nproc)
-    print(f"{out_dir}: labels of {len(mats) - len(problems):,} images")
-    aug = {mat.stem for mat in mats} - problems.keys() - train - val
+    convert_all(mats, out_dir, args.nproc)
+    print(f"{out_dir}: labels of {len(mats):,} images")
+    aug = {mat.stem for mat in mats} - train - val
     for name, ids in (("aug", aug), ("trainaug", aug | train)):
         write_whole(lists / f"{name}.txt", "".join(f"{image_id}\n" for image_id in sorted(ids)))
         full = FULL_COUNTS[name]
         note = "" if len(ids) == full else f" (note: the full data gives {full:,})"
         print(f"{name}.txt: {len(ids):,} images{note}")
-    hint = "the lists leave out these images; fix the files and run the same command again"
-    for line in [*problems.values(), hint] if problems else ():
-        print(f"{cli.PROG}: error: {line}", file=sys.stderr)
-    return int(bool(problems))
+    return 0
 
 
 # ---- conversion
 
 def convert_all(mats, out_dir, processes):
-    """Converts the files in parallel. -> {image id: error message} of those that are not labels
+    """Converts the files in parallel.
 
     After an exception `cli.run` kills the workers. Ctrl-C therefore does not wait for a worker that hangs.
     """
@@ -97,32 +93,30 @@ def convert_all(mats, out_dir, processes):
     try:
         with cli.held_signals():
             futures = [pool.submit(convert, mat, out_dir / f"{mat.stem}.png") for mat in mats]
-        messages = [future.result() for future in tqdm(futures, "converting", unit="label", disable=None)]
+        for future in tqdm(futures, "converting", unit="label", disable=None):
+            future.result()
     except BrokenProcessPool:
         raise cli.UserError("a worker process was killed, perhaps because memory ran out; run the same command again "
                             "with a smaller --nproc to convert the remaining labels") from None
     pool.shutdown()
-    return {mat.stem: message for mat, message in zip(mats, messages, strict=True) if message}
 
 
 def convert(mat, png):
-    """Converts a .mat file to a palette PNG unless that is done. -> an error message or None"""
-    if len(mat.stem.split()) != 1:  # the list has an id a line
-        return f"{mat}: its name is not an image id; rename or delete it"
+    """Converts a .mat file to a palette PNG unless that is done. Raises UserError if it holds no label."""
     if is_done(mat, png):
-        return None
+        return
     try:
         label = scipy.io.loadmat(mat, variable_names="GTcls")["GTcls"]["Segmentation"][0, 0]
     except Exception as error:  # SciPy raises many types on a damaged file
-        return (f"{mat}: cannot be read as an SBD label ({type(error).__name__}: {cli.first_line(error)}); unpack SBD "
-                "again")
+        raise cli.UserError(f"{mat}: cannot be read as an SBD label ({type(error).__name__}: "
+                            f"{cli.first_line(error)}); unpack SBD again") from None
     if label.ndim != 2 or label.dtype != np.uint8 or label.size == 0 or label.max() >= len(CLASSES):
-        return f"{mat}: is not an SBD label, which is uint8 [H, W] with values 0..{len(CLASSES) - 1}"
+        raise cli.UserError(f"{mat}: is not an SBD label, which is uint8 [H, W] with values 0..{len(CLASSES) - 1}; "
+                            "delete it")
     image = Image.fromarray(label)
     image.putpalette(palette().tobytes())
     with whole_file(png) as temporary:
         image.save(temporary, "PNG")
-    return None
 
 
 def is_done(mat, png):

@@ -220,34 +220,18 @@ def test_two_at_once_write_the_same_labels(large_devkit, tmp_path):
     assert len({path.read_bytes() for path in pngs[-MORE:]}) == 1  # links to one file
 
 
-def test_files_that_are_no_labels_are_named_and_the_others_are_done(devkit, capsys):
+def test_a_file_that_is_no_label_is_named_and_the_same_command_resumes_once_it_is_fixed(devkit):
     folder = devkit / "VOCaug/dataset/cls"
-    (folder / "drawn_sbd_0003.mat").write_bytes(b"not a MATLAB file" * 40)
-    scipy.io.savemat(folder / "drawn_sbd_0004.mat", {"GTcls": {"Segmentation": np.full((4, 4), 77, np.uint8)}})
-    (folder / "folder.mat").mkdir()
-    shutil.copy(folder / "drawn_sbd_0000.mat", folder / "drawn_sbd_0000 (1).mat")
-    bad = ["drawn_sbd_0000 (1)", "drawn_sbd_0003", "drawn_sbd_0004", "folder"]
-    assert convert(devkit) == 1
-    *errors, hint = capsys.readouterr().err.splitlines()
-    assert len(errors) == len(bad), errors
-    assert all(f"{name}.mat: " in error for name, error in zip(bad, errors, strict=True)) and "leave out" in hint
-    good = [mat.stem for mat in mats(devkit) if mat.stem not in bad]
-    lists = read_lists(devkit)
-    assert [path.stem for path in labels(devkit)] == good
-    assert lists["aug"] == [name for name in good if name.startswith("drawn_sbd")]
-    assert lists["trainaug"] == sorted(lists["aug"] + lists["train"])
-
-
-def test_a_mat_damaged_later_leaves_the_lists_and_comes_back_when_fixed(devkit, capsys):
-    convert(devkit)
-    mat = devkit / "VOCaug/dataset/cls/drawn_sbd_0003.mat"
-    content = mat.read_bytes()
-    mat.write_bytes(content[:100])
-    assert convert(devkit) == 1 and f"{mat}: cannot be read" in capsys.readouterr().err
-    assert "drawn_sbd_0003" not in read_lists(devkit)["trainaug"]
+    mat, content = folder / "drawn_sbd_0003.mat", (folder / "drawn_sbd_0003.mat").read_bytes()
+    for damage, words in ((lambda: mat.write_bytes(b"not a MATLAB file" * 40), "cannot be read as an SBD label"), (
+            lambda: scipy.io.savemat(mat, {"GTcls": {"Segmentation": np.full((4, 4), 77, np.uint8)}}), "delete it")):
+        damage()
+        errors = ended(start_conversion(devkit), 1)
+        assert len(errors) == 1 and f"error: {mat}: " in errors[0] and words in errors[0]
+    assert "trainaug" not in read_lists(devkit)
     mat.write_bytes(content)
     assert convert(devkit) == 0
-    assert "drawn_sbd_0003" in read_lists(devkit)["trainaug"]
+    assert "drawn_sbd_0003" in read_lists(devkit)["trainaug"] and len(labels(devkit)) == len(mats(devkit))
 
 
 def test_vocs_own_labels_are_not_overwritten(devkit):
