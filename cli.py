@@ -4,7 +4,6 @@ Every command imports this module first, before PyTorch. The body below prepares
 """
 import argparse
 import atexit
-import codecs
 import contextlib
 import ctypes
 import importlib.util
@@ -12,6 +11,7 @@ import io
 import math
 import multiprocessing
 import os
+import re
 import select
 import signal
 import sys
@@ -88,19 +88,13 @@ class Parser(argparse.ArgumentParser):
         self.register("type", None, not_empty)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([underscored(str(arg)) for arg in args], namespace)
+        flag = re.compile("(?<=^--)[^=]+")
+        args = sys.argv[1:] if args is None else map(str, args)
+        args = [flag.sub(lambda name: name[0].replace("-", "_"), arg) for arg in args]
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
-
-
-def underscored(arg):
-    """`--data-path=my-data` -> `--data_path=my-data`. Anything but a long flag is returned unchanged."""
-    if not arg.startswith("--"):
-        return arg
-    flag, equals, value = arg.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
 
 
 def not_empty(text):
@@ -134,33 +128,25 @@ def number(low, high=LARGEST, kind=int, without=()):
 
 def device_list(text):
     """An argparse type: `0,1,2` -> ["0", "1", "2"]."""
-    devices = [str(number(0)(part)) for part in text.split(",")]
-    if len(set(devices)) < len(devices):
-        raise argparse.ArgumentTypeError(f"takes each device once, not '{text}'")
-    return devices
+    return [str(number(0)(part)) for part in text.split(",")]
 
 
 def class_weights(text):
     """An argparse type: a file with a number of at least 0 on each line -> tuple of float."""
-    try:
-        weights = tuple(map(number(0, math.inf, float), file_path(text).read_text(encoding="utf-8-sig").split()))
-    except (OSError, UnicodeDecodeError, argparse.ArgumentTypeError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: {getattr(error, 'strerror', error)}") from None
+    weights = tuple(map(number(0, math.inf, float), file_path(text).read_text(encoding="utf-8-sig").split()))
     if not any(weights):
         raise argparse.ArgumentTypeError(f"{text}: holds no number above 0")
     return weights
 
 
 def flag_or_env(flag, given, variable):
-    """The value of a flag; if it is None, the whole number that an environment variable names, None if that is not set.
+    """`given`, the value of a flag; if that is None, the whole number in an environment variable, or None without one.
 
-    The flag wins: if both are given and differ, a line says so.
+    If both are there and differ, a line says that the flag wins.
     """
     value = os.environ.get(variable, "")
-    if given is None and value:
-        if not value.isdecimal():
-            raise UserError(f"{variable}={value}: takes a whole number of at least 0; change it, or add {flag}")
-        return int(value)
+    if given is None:
+        return int(value) if value else None
     if value not in ("", str(given)):
         print(f"{PROG}: {variable}={value} is set, {flag} {given} wins over it", file=sys.stderr)
     return given
@@ -168,52 +154,51 @@ def flag_or_env(flag, given, variable):
 
 # ---- processes
 
-def usable_cores(listed=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")):
-    """How many cores this process may use: its affinity, or the CPU quota of its control group or of one above it.
+def usable_cores(root=Path("/sys/fs/cgroup")):
+    """How many cores this process may use: its affinity, or the CPU quota of its container.
 
-    listed: its groups, say 0::/job of version 2, 4:cpu,cpuacct:/job of version 1; in a container they are the root
+    root: the container's control group, of version 2 or 1
     """
-    cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()]
-    for line in listed.read_text().splitlines() if listed.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        group = root / ("cpu" if controllers else "") / path.strip("/")
-        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
-        for folder in (group, *group.parents) if controllers == "" or "cpu" in controllers.split(",") else ():
-            with contextlib.suppress(OSError):  # no such file
-                quota, period = " ".join((folder / name).read_text() for name in names).split()
-                cores += [int(quota) // int(period)] if quota.isdecimal() else []  # none: "max", -1
-    return max(1, min(cores))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError):  # no such file
+            quota, period = " ".join((root / name).read_text() for name in names).split()
+            if quota.isdecimal():  # none: "max", -1
+                cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
 
 
-@contextlib.contextmanager
-def stops_handled_by(handler):
-    """Handles the stop signals in the block, unless they are ignored, as SIGHUP by nohup.
+class HandledStops(contextlib.ExitStack):
+    """A context in which the stop signals call `handler`, unless they are ignored, as SIGHUP by nohup.
 
     No signal mask: that is of one thread, and Python runs its handlers in the main thread, whichever gets the signal.
     """
-    handled = [stop for stop in STOP_SIGNALS if signal.getsignal(stop) is not signal.SIG_IGN]
-    before = {stop: signal.signal(stop, handler) for stop in handled}
-    try:
-        yield
-    finally:
-        for stop in before:
-            signal.signal(stop, before[stop])
+
+    def __init__(self, handler):
+        super().__init__()
+        for stop in STOP_SIGNALS:
+            if signal.getsignal(stop) is not signal.SIG_IGN:
+                self.callback(signal.signal, stop, signal.signal(stop, handler))
 
 
 @contextlib.contextmanager
 def held_signals():
-    """Holds the stop signals back for the block. A worker forked in it records them before `start_worker` ignores them.
+    """Holds the stop signals back for the block, in which workers start: these record them until `start_worker`.
+
+    The DataLoader's handler of SIGCHLD goes: it raises wherever the process is when a worker is killed. Without it the
+    loader finds that within 5 s.
     """
     held = []
     try:
-        with stops_handled_by(lambda number, frame: held.append(number)):
+        with HandledStops(lambda number, frame: held.append(number)):
             yield
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in held:
             signal.raise_signal(number)
 
 
-class Stop(contextlib.ExitStack):
+class Stop(HandledStops):
     """The stop signals in a training of one or several ranks. A context, which restores what handled them before.
 
     At first, and during an evaluation, a signal ends the process at once: everything is saved. While `deferred`,
@@ -222,9 +207,8 @@ class Stop(contextlib.ExitStack):
     """
 
     def __init__(self, ranks):
-        super().__init__()
         self.ranks, self.number, self.deferred, self.trains = ranks, 0, False, False
-        self.enter_context(stops_handled_by(self.record))
+        super().__init__(self.record)
         self.callback(signal.alarm, 0)
 
     def __exit__(self, kind, error, trace):
@@ -239,7 +223,7 @@ class Stop(contextlib.ExitStack):
         signal.alarm(SAVING_TIME)  # ends a run that cannot stop, say because a dead file server blocks the loader
         Output.stopping = True
         if ends:
-            stop_once()
+            HandledStops(late_stop)
             sys.exit(self.status(number))
 
     @contextlib.contextmanager
@@ -288,10 +272,10 @@ def start_worker(*_):
 
 
 def kill_children():
-    """Begins the end of this process: kills its workers, as they ignore SIGTERM and Python would wait for them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a worker is killed
-    stop_once()
-    threading.excepthook = lambda error: None  # a thread of a pool may, too
+    """Begins the end of this process, which no further stop signal interrupts: kills its workers, as they ignore
+    SIGTERM and Python would wait for them."""
+    HandledStops(late_stop)  # not SIG_IGN: Python prints an error for a signal that came just before that
+    threading.excepthook = lambda error: None  # a thread of a pool may raise
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -305,30 +289,24 @@ class Output(io.FileIO):
     """
     stopping = False  # this process got a stop signal
     problem = None  # the first OSError of stdout
-    lost = False  # nobody reads this
 
     def write(self, data):
         """Writes as much as fits into a pipe that has room. -> the number of bytes"""
-        if self.lost:
-            return len(data)
         try:
             while not select.select([], [self], [], PATIENCE)[1]:
                 if Output.stopping:
                     raise OSError(None, "nobody reads it")
             return super().write(data[:select.PIPE_BUF])
         except OSError as error:
-            self.lost = True
             if self.fileno() == 1:
                 Output.problem = OSError(error.errno, f"the output cannot be written to ({error.strerror})")
+            discard(self.fileno())
             return len(data)
 
 
-def escaped(error):
-    """A handler of codec errors: a name that is not in the encoding keeps its bytes, another text gets escapes."""
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeError:
-        return codecs.backslashreplace_errors(error)
+def discard(descriptor):
+    """What is written to a descriptor of this process goes nowhere from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def late_stop(number, frame):
@@ -345,21 +323,10 @@ def interrupted(number, frame):
     sys.exit(128 + number)
 
 
-def stop_once():
-    """Lets no further stop signal interrupt the end of this process.
-
-    Not by SIG_IGN: Python prints an error for a signal that came just before that.
-    """
-    for stop in STOP_SIGNALS:
-        if callable(signal.getsignal(stop)):  # not ignored, say by nohup
-            signal.signal(stop, late_stop)
-
-
 def dropped(unraisable):
-    """sys.unraisablehook: hides an exception that a signal's handler raised where Python drops it, as in a destructor
-    or a hook of a fork. It is that of a stop, or PyTorch's of a killed worker, which the loader finds as well."""
-    error = unraisable.exc_value
-    if not isinstance(error, SystemExit) and "DataLoader worker (pid" not in str(error):
+    """sys.unraisablehook: hides the exit that a stop signal's handler raised where Python drops it, as in a destructor
+    or a hook of a fork."""
+    if not isinstance(unraisable.exc_value, SystemExit):
         sys.__unraisablehook__(unraisable)
 
 
@@ -371,15 +338,12 @@ def run(main, parse_args):
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupted)
     sys.unraisablehook = dropped
-    codecs.register_error("escaped", escaped)
     for descriptor, name in enumerate(("stdout", "stderr"), 1):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the caller; a file opened later must not become it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            stream = open(os.devnull, "w")
-        setattr(sys, name, io.TextIOWrapper(
-            io.BufferedWriter(Output(descriptor, "w", closefd=False)), stream.encoding, "escaped",
-            line_buffering=stream.line_buffering or stream.write_through))  # the second: python -u
+        if getattr(sys, name) is None:  # closed by the caller; a file opened later must not become it
+            discard(descriptor)
+        buffer = io.BufferedWriter(Output(descriptor, "w", closefd=False))
+        # A name that is not UTF-8 keeps its bytes.
+        setattr(sys, name, io.TextIOWrapper(buffer, "utf-8", "surrogateescape", line_buffering=True))
     try:
         status = main(parse_args())
         sys.stdout.flush()
@@ -387,11 +351,7 @@ def run(main, parse_args):
             raise Output.problem
         kill_children()
     except BaseException as error:
-        # While the exception holds its frames: a DataLoader would wait 5 s for each worker when they are freed.
-        try:
-            kill_children()
-        except RuntimeError:  # a worker was killed just now
-            kill_children()
+        kill_children()  # while the error holds its frames: a DataLoader waits 5 s for each worker when they are freed
         if isinstance(error, SystemExit):
             stops = {128 + stop: f"{PROG}: stopped by {stop.name}" for stop in STOP_SIGNALS}
             status, message = error.code, stops.get(error.code)
@@ -407,8 +367,7 @@ def run(main, parse_args):
     # destructor, which aborts the process (PyTorch's issues 38228 and 190489).
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it
-            stream.flush()
+        stream.flush()
     os._exit(status or 0)
 
 
@@ -429,12 +388,9 @@ def message_of(error):
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     line = line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-    threads = isinstance(error, BlockingIOError) or "can't start new thread" in str(error)
     lost = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)  # the worker's end of a pipe
     if lost or "DataLoader worker (pid" in str(error):
         line = f"a process that loads images died ({first_line(error)}); if memory ran out, lower --workers"
-    elif threads:
-        line = f"no more threads or processes can be started ({line}); raise ulimit -u, or a container's limit of pids"
     elif isinstance(error, OSError):
         line = (f"{error.filename}: " if error.filename else "") + (error.strerror or line)
     elif not isinstance(error, UserError):

@@ -29,8 +29,6 @@ VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 HIDES = {kind: f" ({name} is '{os.environ[name]}')" for kind, name in VISIBLE.items() if name in os.environ}
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # that torchrun sets
 LAUNCH_FLAGS = ("nnodes", "node_rank", "master_addr", "master_port", "local_addr", "max_restarts")  # torchrun's own
-RANKS = ("torchrun", "tasks")  # see `started`
-HANDLED = "PET_SIGNALS_TO_HANDLE"  # torchrun's; `launch` sets it, so that its ranks know that they are
 DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 29500  # torchrun's
 DEFAULT_TIMEOUT = 600  # seconds, NCCL's; enough for rank 0 to write a checkpoint while the others wait
 
@@ -43,8 +41,8 @@ def add_device_flags(parser):
     group.add_argument("--device_list", type=cli.device_list, metavar="0,1,..",
                        help="several devices, a process for each, started by torchrun; with --device cpu only their "
                             "count matters")
-    group.add_argument("--timeout", type=cli.number(1), metavar="SECONDS",
-                       help=f"how long a process waits for the others before it ends (default: {DEFAULT_TIMEOUT})")
+    group.add_argument("--timeout", type=cli.number(1), metavar="SECONDS", default=DEFAULT_TIMEOUT,
+                       help="how long a process waits for the others before it ends (default: %(default)s)")
     machines = parser.add_argument_group("several machines (with --device_list)")
     machines.add_argument("--nnodes", type=cli.number(1), metavar="N", help="number of machines (default: 1)")
     machines.add_argument("--node_rank", type=cli.number(0), metavar="R", help="which of them this is (default: 0)")
@@ -68,47 +66,38 @@ def add_one_device_flags(group):
 
 def check_device_flags(parser, args):
     """Flags about processes that contradict each other, or how this process was started, are a usage error."""
-    how, why = started(args)
-    if how in ("srun", "operator"):
-        once = "srun --ntasks-per-node=1 " if how == "srun" else ""
-        parser.error(f"{why}: this would be one of several processes, each alone; start one on each machine, {once}"
+    how = started(args)
+    if how not in ("rank", "alone"):
+        once = "srun --ntasks-per-node=1 " if how.startswith("SLURM") else ""
+        parser.error(f"{how}: this would be one of several processes, each alone; start one on each machine, {once}"
                      f"python {cli.PROG} --device_list 0,1,.., with --nnodes --node_rank --master_addr if they are "
-                     f"several (docs/several-cards.md), or unset {why.partition('=')[0]}")
-    useless = {}  # {flag: why it has no effect}
-    if args.device_list or how in RANKS:
-        useless["device_id"] = "with --device_list or torchrun: each process has its own device"
-    else:
-        useless["timeout"] = "without --device_list: there is nobody to wait for"
-    if not args.device_list or how in RANKS and HANDLED not in os.environ:
-        useless.update(dict.fromkeys(LAUNCH_FLAGS, "without --device_list, nor with torchrun, which has its own"))
-    for flag, reason in useless.items():
-        if getattr(args, flag) is not None:
-            parser.error(f"--{flag} {getattr(args, flag)} has no effect {reason}")
+                     f"several (docs/several-cards.md), or unset {how.partition('=')[0]}")
+    if args.device_id is not None and (args.device_list or how == "rank"):
+        parser.error("--device_id has no effect with --device_list or torchrun: each process has its own device")
+    useless = [flag for flag in LAUNCH_FLAGS if getattr(args, flag) is not None]
+    if useless and not args.device_list:
+        parser.error(f"--{useless[0]} has no effect without --device_list, nor with torchrun, which has its own")
     nodes, node_rank = args.nnodes or 1, args.node_rank or 0
     if node_rank >= nodes or nodes > 1 and None in (args.master_addr, args.node_rank):
         parser.error(f"--nnodes {nodes} takes --node_rank 0 to {nodes - 1}, and if above 1 needs it and --master_addr")
-    args.timeout = args.timeout or DEFAULT_TIMEOUT
 
 
 # ---- how this process was started
 
 def started(args):
-    """How this process was started: (how, the variable that says so or ""). The flag --nnodes overrules an operator.
+    """How this process was started: "rank", "alone" or, if it would be one of several that know nothing of each other,
+    which variable says so.
 
-    torchrun: as a rank, by torchrun, which the user or `launch` called
-    tasks: as a rank, by anything else that sets all of torchrun's variables, say srun with a task a card
-    srun: as one of several tasks that know nothing of each other
-    operator: on one of several machines that an operator counts, say of Kubernetes or Ascend's MindCluster
-    alone: in any other way
+    A rank is one of torchrun, which the user or `launch` called, or of anything else that sets all of torchrun's
+    variables, say srun with a task a card. Variables of an operator, say of Kubernetes or Ascend's MindCluster, may
+    count machines; the flag --nnodes overrules them.
     """
     values = {name: os.environ.get(name, "") for name in VARIABLES}
     wrong = [name for name, value in values.items() if not (value.isdecimal() or name == "MASTER_ADDR" and value)]
-    if cli.TORCHRUN in os.environ and not wrong:
-        return "torchrun", ""
+    if not wrong and (cli.TORCHRUN in os.environ or not args.nnodes and int(values["WORLD_SIZE"]) > 1):
+        return "rank"
     if args.nnodes:
-        return "alone", ""
-    if not wrong and int(values["WORLD_SIZE"]) > 1:
-        return "tasks", ""
+        return "alone"
     most = {"RANK": 0, "WORLD_SIZE": len(args.device_list or "1"), "PET_NNODES": 1}  # on a single machine
     if not values["RANK"]:
         most["SLURM_STEP_NUM_TASKS"] = 1
@@ -117,13 +106,13 @@ def started(args):
         count = value.rpartition(":")[2]  # PET_NNODES may be 1:2
         if value and not (count.isdecimal() and int(count) <= limit):
             but = f", but {wrong[0]} is '{values[wrong[0]]}'" if wrong and name in values else ""
-            return "srun" if name.startswith("SLURM") else "operator", f"{name}={value} is set{but}"
-    return "alone", ""
+            return f"{name}={value} is set{but}"
+    return "alone"
 
 
 def must_launch(args):
     """True if this process must launch the ranks itself."""
-    return args.device_list is not None and started(args)[0] not in RANKS
+    return args.device_list is not None and started(args) != "rank"
 
 
 # ---- the device
@@ -250,14 +239,13 @@ def launch(args, script):
     for name in [name for name in os.environ if name.startswith("PET_")]:
         del os.environ[name]  # an operator's, for torchrun; flags here would not win over all of them
     stops = [stop.name for stop in cli.STOP_SIGNALS if signal.getsignal(stop) is not signal.SIG_IGN]  # as by nohup
-    os.environ[HANDLED] = ",".join([*stops, "SIGQUIT"])
+    os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join([*stops, "SIGQUIT"])  # torchrun's; PyTorch 2.6 ignores it
     logging.disable(logging.CRITICAL)  # torchrun's report; the ranks say what is wrong
     if args.local_addr:
-        check_local_address(args.local_addr)
         os.environ.setdefault("HCCL_IF_IP", args.local_addr)
     own = [f"--{flag}={getattr(args, flag)}" for flag in LAUNCH_FLAGS if getattr(args, flag) is not None]
     if not (args.master_addr or args.master_port):
-        own += ["--standalone", f"--local_addr={args.local_addr or DEFAULT_ADDRESS}"]  # the host's name may not resolve
+        own += ["--standalone", f"--local_addr={DEFAULT_ADDRESS}"]  # the host's name may not resolve
     # A machine tries to reach machine 0 twice, each time for the whole of torchrun's timeout.
     timeout = max(1, args.timeout // 2) if args.node_rank else args.timeout
     address, port = args.master_addr or DEFAULT_ADDRESS, args.master_port or DEFAULT_PORT
@@ -275,15 +263,6 @@ def launch(args, script):
                      f"({cli.first_line(error)})")
             raise cli.UserError(in_use if "EADDRINUSE" in str(error) else alone) from None
     return 0
-
-
-def check_local_address(address):
-    """Raises UserError if the --local_addr is not this machine's: its ranks would wait for each other in silence."""
-    try:
-        family, *_, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
-        socket.create_server(where[:2], family=family).close()
-    except (OSError, UnicodeError) as error:  # the second: of a name that no host can have
-        raise cli.UserError(f"--local_addr {address}: is no address of this machine ({error})") from None
 
 
 def status_of(failures):
@@ -352,8 +331,7 @@ class Ranks:
 
 def join_ranks(args):
     """Chooses this process's device. Under torchrun, waits for the other ranks, at most --timeout seconds. -> Ranks"""
-    how, _ = started(args)
-    if how not in RANKS:
+    if started(args) != "rank":
         return Ranks(choose_device(args.device, args.device_id))
     if args.device_list:  # `launch` has set this; torchrun called by hand has not
         for variable in VISIBLE.values():

@@ -76,8 +76,7 @@ def main(args):
         if args.json:
             root = Path(args.data_path)
             read = [args.checkpoint, args.classes or root / CLASS_NAMES, *data.files(), *(root / LISTS).glob("*.txt")]
-            check_no_overlap(read, [args.json], f"--json {args.json}")
-            write_json = output_file(args.json)
+            write_json = output_file(args.json, read, f"--json {args.json}")
         sizes, notes = ranks.once_a_machine(
             lambda: check_scored(data, names, args.max_images, (digests or {}).get("train", ())))
         protocol.check(sizes)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from device import readable_errors
-from files import check_no_overlap, output_file
+from files import output_file
 from transforms import CAFFE_MEAN, MEAN, STD, normalise
 from weights import Checkpoint, add_network_flags
 
@@ -31,8 +31,7 @@ def main(args):
     missing = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"the export needs packages that are missing; pip install {' '.join(missing)}")
-    check_no_overlap([args.checkpoint], [args.file], "FILE")
-    write = output_file(args.file)
+    write = output_file(args.file, [args.checkpoint], "FILE")
     checkpoint = Checkpoint.read(args.checkpoint, args.backbone, args.at_once)
     network = WithPreparation(checkpoint.network()).eval()
     shapes = [(1, *args.size)] if args.size else SHAPES

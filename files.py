@@ -8,7 +8,6 @@ import platform
 import re
 import secrets
 import shutil
-import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -83,9 +82,8 @@ def link_or_copy(source, target):
 
 
 def remove_leftovers(folders):
-    """Deletes the temporary files in folders whose writers were killed. A link or a pipe of such a name is left."""
-    names = [path for folder in folders for path in folder.glob(TEMPORARY.format(16 * "[0-9a-f]"))]
-    for leftover in (path for path in names if path.is_file() and not path.is_symlink()):
+    """Deletes the temporary files in folders whose writers were killed."""
+    for leftover in [path for folder in folders for path in folder.glob(TEMPORARY.format(16 * "[0-9a-f]"))]:
         with contextlib.suppress(OSError), open(leftover, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the writer lives
             leftover.unlink()
@@ -98,38 +96,35 @@ def check_writable(folder):
         pass
 
 
-def output_file(path):
-    """Checks that the file `path`, which the user named, can be written. -> the function that writes bytes to it
-
-    What killed writers left in its folder is deleted. A link is followed. Devices, pipes and the command's own output
-    are written to as they are. Raises OSError, also for a pipe that nobody reads: to open it would wait for a reader.
-    """
-    there = path.stat() if path.exists() else None
-    own = [number for number in (1, 2) if there and os.path.samestat(there, os.fstat(number))]
-    if own:
-        descriptor = os.dup(own[0])  # which stands at the end of what was printed
-    elif there and not (stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode)):
-        with naming(path, "cannot be written to ({}); if it is a pipe, start its reader first"):
-            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-        os.set_blocking(descriptor, True)
-    else:
-        target = Path(os.path.realpath(path))
-        if target.is_dir() or not target.parent.is_dir():
-            raise OSError(None, "cannot be written; name a file in a folder that exists", str(path))
-        check_writable(target.parent)
-        remove_leftovers([target.parent])
-        return functools.partial(write_whole, target)
-
-    def write(content):
-        sys.stdout.flush()
-        with naming(path), open(descriptor, "wb") as file:
-            file.write(content)
-    return write
-
-
 def check_no_overlap(read, written, flag):
     """Raises OSError if a file of `written` is one of `read`, be it through links."""
     inputs = set(map(os.path.realpath, read))
     for path in written:
         if os.path.realpath(path) in inputs:
             raise OSError(None, f"{flag} would overwrite this file; name another place", str(path))
+
+
+def output_file(path, read, flag):
+    """Checks that the file `path`, named by a flag, can be written and is none of `read`. -> what writes bytes to it
+
+    What killed writers left in its folder is deleted. A link is followed. Devices, pipes and the command's own output
+    are written to as they are. Raises OSError, also for a pipe that nobody reads: to open it would wait for a reader.
+    """
+    check_no_overlap(read, [path], flag)
+    own = [number for number in (1, 2) if path.exists() and os.path.samestat(path.stat(), os.fstat(number))]
+    if not own and (path.is_file() or not path.exists()):
+        target = Path(os.path.realpath(path))
+        with naming(path, "cannot be written to ({}); name a file in a folder that exists"):
+            tempfile.TemporaryFile(dir=target.parent).close()
+        remove_leftovers([target.parent])
+        return functools.partial(write_whole, target)
+    with naming(path, "cannot be written to ({}); if it is a pipe, start its reader first"):
+        # The command's own stands at the end of what was printed.
+        descriptor = os.dup(own[0]) if own else os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+
+    def write(content):
+        sys.stdout.flush()
+        with naming(path), open(descriptor, "wb") as file:
+            file.write(content)
+    return write

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import visualize
 from device import add_one_device_flags, describe, readable_errors
-from files import check_no_overlap, output_file
+from files import output_file
 from inference import Predictor, Protocol, add_protocol_flags, check_protocol, image_of
 from voc import LABEL_FOLDERS, heic_hint, id_of, is_readable, walk
 from weights import add_network_flags
@@ -48,8 +48,7 @@ def main(args):
     kinds = ("{}.png", "overlay/{}.jpg")[:1 + args.overlay]
     written = visualize.picture_files(args.save_dir, paths, kinds, [*found, *labels, *filter(None, [args.csv])])
     if args.csv:
-        check_no_overlap([*found, args.checkpoint], [args.csv], f"--csv {args.csv}")
-        write_csv = output_file(args.csv)
+        write_csv = output_file(args.csv, [*found, args.checkpoint], f"--csv {args.csv}")
     predictor = Predictor(args.checkpoint, args.device, args.device_id, args.backbone, args.at_once, Protocol.of(args))
     print(f"{predictor.checkpoint}\n{counted(paths)}, {predictor.protocol}, on "
           f"{describe(predictor.device, args.device)}, {predictor.protocol.precision(predictor.device)}")

@@ -163,7 +163,7 @@ class Raising:
 
 
 def main(args):
-    for error in (SystemExit(143), RuntimeError("DataLoader worker (pid 7) is killed by signal"), KeyError("a bug")):
+    for error in (SystemExit(143), KeyError("a bug")):
         Raising(error)
 
 
@@ -172,42 +172,10 @@ run(main, list)
 
 
 def test_what_a_signals_handler_raises_in_a_destructor_is_not_shown(tmp_path):
-    """PyTorch's raises when a worker is killed, wherever the process is. A bug is shown."""
+    """A bug is shown."""
     (tmp_path / "dropping.py").write_text(DROPPING)
     shown = run(tmp_path / "dropping.py").stderr
-    assert "KeyError: 'a bug'" in shown and "143" not in shown and "DataLoader" not in shown
-
-
-KILLED = """
-import signal
-import cli
-
-
-def raising(*_):
-    raise RuntimeError("DataLoader worker (pid 7) is killed by signal")
-
-
-def main(args):
-    signal.signal(signal.SIGCHLD, raising)
-    kill = cli.kill_children
-
-    def late():
-        cli.kill_children = kill
-        signal.raise_signal(signal.SIGCHLD)
-        kill()
-
-    cli.kill_children = late
-    raise ConnectionResetError
-
-
-cli.run(main, list)
-"""
-
-
-def test_a_worker_whose_end_is_told_while_the_process_ends_is_one_line(tmp_path):
-    """Its pipe breaks first, then SIGCHLD comes."""
-    (tmp_path / "killed.py").write_text(KILLED)
-    assert "a process that loads images died" in error_line(tmp_path / "killed.py")
+    assert "KeyError: 'a bug'" in shown and "143" not in shown
 
 
 def test_a_signal_while_the_launcher_ends_changes_nothing(tmp_path):

@@ -111,7 +111,7 @@ def test_the_metadata_say_how_the_network_takes_an_image(tmp_path):
 
 def test_an_export_says_what_is_missing_and_leaves_nothing(tmp_path, monkeypatch):
     checkpoint = untrained_checkpoint(tmp_path / "net.pth", ANIMALS)
-    assert "absent/net.onnx: cannot be written; name a file in" in error_line(
+    assert "absent/net.onnx: cannot be written to (No such file or directory); name a file" in error_line(
         EXPORT, checkpoint, tmp_path / "absent/net.onnx")
     assert "FILE would overwrite this file" in error_line(EXPORT, checkpoint, checkpoint)
     assert "takes a value, not ''" in error_line(EXPORT, checkpoint, "", status=2)

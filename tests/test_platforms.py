@@ -100,18 +100,15 @@ def test_tasks_of_srun_that_know_nothing_of_each_other_are_an_error_with_the_rig
     assert parsed({"SLURM_STEP_NUM_TASKS": "2", "RANK": "0"})[1] is None
 
 
-@pytest.mark.parametrize("variables, flags, words", (
-    ({**ONE_CARD, "WORLD_SIZE": "2", "MASTER_PORT": "99999"}, (), "rank 0 could not meet the other processes"),
-    ({}, ("--device_list", "0,1", "--local_addr", "192.0.2.1"), "--local_addr 192.0.2.1: is no address of this"),
-    ({}, ("--device_list", "0,1", "--local_addr", "nowhere.invalid"), "nowhere.invalid: is no address of this")))
-def test_an_address_that_cannot_be_is_one_line_at_once(variables, flags, words, drawn_voc, tmp_path):
-    command = (*train_flags(drawn_voc, tmp_path / "run"), *flags)
-    assert words in error_line(ROOT / "train.py", *command, env=variables)
+def test_a_port_that_cannot_be_is_one_line_at_once(drawn_voc, tmp_path):
+    variables = {**ONE_CARD, "WORLD_SIZE": "2", "MASTER_PORT": "99999"}
+    assert "rank 0 could not meet the other processes" in error_line(
+        ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), env=variables)
 
 
 def test_torchruns_mark_alone_makes_no_rank(parsed):
     args, _ = parsed({"TORCHELASTIC_RUN_ID": "left over"})
-    assert device.started(args)[0] == "alone"
+    assert device.started(args) == "alone"
 
 
 def test_a_pod_of_one_card_trains_evaluates_and_takes_a_device(drawn_voc, tmp_path):
@@ -121,23 +118,17 @@ def test_a_pod_of_one_card_trains_evaluates_and_takes_a_device(drawn_voc, tmp_pa
         "--device_id", 0, env=ONE_CARD)
 
 
-@pytest.mark.parametrize("listed, files, cores", (
-    ("1:name=systemd:/a\n0::/job\n", {}, 16),
-    ("0::/slurm/job\n", {"slurm/job/cpu.max": "max 100000\n"}, 16),
-    ("0::/slurm/job\n", {"slurm/job/cpu.max": "900000 100000\n", "slurm/cpu.max": "350000 100000\n"}, 3),
-    ("0::/of/the/host\n", {"cpu.max": "50000 100000\n"}, 1),
-    ("3:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "200000\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, 2),
-    ("3:cpuacct,cpu:/host\n", {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
-    ("3:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, 16),
-    (None, {"cpu.max": "100000 100000"}, 16),
-    ("7:memory:/x\n", {"cpu/x/cpu.cfs_quota_us": "200000", "cpu/x/cpu.cfs_period_us": "100000"}, 16)))
-def test_the_smallest_of_affinity_and_cpu_quotas_counts(listed, files, cores, tmp_path, monkeypatch):
-    """Of control groups version 2 and 1, and of the groups above; a container sees its own as the root."""
-    for path, text in {**files, **({"listed": listed} if listed else {})}.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+@pytest.mark.parametrize("files, cores", (
+    ({}, 16), ({"cpu.max": "max 100000\n"}, 16), ({"cpu.max": "350000 100000\n"}, 3), ({"cpu.max": "50000 100000"}, 1),
+    ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 16)))
+def test_the_smaller_of_affinity_and_a_containers_cpu_quota_counts(files, cores, tmp_path, monkeypatch):
+    """Of control groups version 2 and 1."""
+    (tmp_path / "cpu").mkdir()
+    for path, text in files.items():
         (tmp_path / path).write_text(text)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    assert cli.usable_cores(tmp_path / "listed", tmp_path) == cores
+    assert cli.usable_cores(tmp_path) == cores
 
 
 def test_a_process_takes_no_more_threads_than_its_share_of_the_cores(monkeypatch):
@@ -357,13 +348,6 @@ def test_a_file_system_without_locks_is_a_note(drawn_voc, tmp_path, monkeypatch)
         flags = (*train_flags(drawn_voc, tmp_path / "run"), "--max_iters", iterations, "--resume", "auto")
         output = run(ROOT / "train.py", *flags).stdout
         assert output.count(f"note: the file system of {tmp_path / 'run'} has no locks (No locks available)") == 1
-
-
-@pytest.mark.parametrize("error", (RuntimeError("can't start new thread"),
-                                   BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")))
-def test_a_limit_on_processes_is_one_line(error):
-    message = cli.message_of(error)
-    assert "no more threads or processes can be started" in message and "ulimit -u" in message and "\n" not in message
 
 
 def test_a_rank_that_sigkill_ended_makes_one_think_of_memory(capsys):

@@ -2,7 +2,6 @@
 import contextlib
 import itertools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -257,6 +256,15 @@ def test_a_link_or_a_pipe_of_a_temporary_files_name_is_left_alone(tmp_path):
     for end in ends:
         os.close(end)
     assert sorted(path.name for path in folder.iterdir()) == names and read(tmp_path / "file") == "mine"
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(drawn_voc, tmp_path):
+    """Its target would be truncated."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "mine")
+    line = error_line(TRAIN, *train_flags(drawn_voc, tmp_path / "run"))
+    assert f"{tmp_path}/run/.lock: cannot be written (" in line and read(tmp_path / "mine") == "mine"
 
 
 def test_two_commands_write_into_one_folder(whole, drawn_voc, tmp_path):
