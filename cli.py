@@ -128,12 +128,18 @@ def number(low, high=LARGEST, kind=int, without=()):
 
 def device_list(text):
     """An argparse type: `0,1,2` -> ["0", "1", "2"]."""
-    return [str(number(0)(part)) for part in text.split(",")]
+    devices = [str(number(0)(part)) for part in text.split(",")]
+    if len(set(devices)) < len(devices):
+        raise argparse.ArgumentTypeError(f"takes each device once, not '{text}'")
+    return devices
 
 
 def class_weights(text):
     """An argparse type: a file with a number of at least 0 on each line -> tuple of float."""
-    weights = tuple(map(number(0, math.inf, float), file_path(text).read_text(encoding="utf-8-sig").split()))
+    try:
+        weights = tuple(map(number(0, math.inf, float), file_path(text).read_text(encoding="utf-8-sig").split()))
+    except (OSError, UnicodeDecodeError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {getattr(error, 'strerror', error)}") from None
     if not any(weights):
         raise argparse.ArgumentTypeError(f"{text}: holds no number above 0")
     return weights
@@ -145,8 +151,10 @@ def flag_or_env(flag, given, variable):
     If both are there and differ, a line says that the flag wins.
     """
     value = os.environ.get(variable, "")
-    if given is None:
-        return int(value) if value else None
+    if given is None and value:
+        if not value.isdecimal():
+            raise UserError(f"{variable}={value}: takes a whole number of at least 0; change it, or add {flag}")
+        return int(value)
     if value not in ("", str(given)):
         print(f"{PROG}: {variable}={value} is set, {flag} {given} wins over it", file=sys.stderr)
     return given
@@ -388,9 +396,12 @@ def message_of(error):
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     line = line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+    threads = isinstance(error, BlockingIOError) or "can't start new thread" in str(error)
     lost = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)  # the worker's end of a pipe
     if lost or "DataLoader worker (pid" in str(error):
         line = f"a process that loads images died ({first_line(error)}); if memory ran out, lower --workers"
+    elif threads:
+        line = f"no more threads or processes can be started ({line}); raise ulimit -u, or a container's limit of pids"
     elif isinstance(error, OSError):
         line = (f"{error.filename}: " if error.filename else "") + (error.strerror or line)
     elif not isinstance(error, UserError):

@@ -29,6 +29,7 @@ VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 HIDES = {kind: f" ({name} is '{os.environ[name]}')" for kind, name in VISIBLE.items() if name in os.environ}
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # that torchrun sets
 LAUNCH_FLAGS = ("nnodes", "node_rank", "master_addr", "master_port", "local_addr", "max_restarts")  # torchrun's own
+HANDLED = "PET_SIGNALS_TO_HANDLE"  # torchrun's; `launch` sets it, so that its ranks know that they are
 DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 29500  # torchrun's
 DEFAULT_TIMEOUT = 600  # seconds, NCCL's; enough for rank 0 to write a checkpoint while the others wait
 
@@ -41,8 +42,8 @@ def add_device_flags(parser):
     group.add_argument("--device_list", type=cli.device_list, metavar="0,1,..",
                        help="several devices, a process for each, started by torchrun; with --device cpu only their "
                             "count matters")
-    group.add_argument("--timeout", type=cli.number(1), metavar="SECONDS", default=DEFAULT_TIMEOUT,
-                       help="how long a process waits for the others before it ends (default: %(default)s)")
+    group.add_argument("--timeout", type=cli.number(1), metavar="SECONDS",
+                       help=f"how long a process waits for the others before it ends (default: {DEFAULT_TIMEOUT})")
     machines = parser.add_argument_group("several machines (with --device_list)")
     machines.add_argument("--nnodes", type=cli.number(1), metavar="N", help="number of machines (default: 1)")
     machines.add_argument("--node_rank", type=cli.number(0), metavar="R", help="which of them this is (default: 0)")
@@ -72,14 +73,20 @@ def check_device_flags(parser, args):
         parser.error(f"{how}: this would be one of several processes, each alone; start one on each machine, {once}"
                      f"python {cli.PROG} --device_list 0,1,.., with --nnodes --node_rank --master_addr if they are "
                      f"several (docs/several-cards.md), or unset {how.partition('=')[0]}")
-    if args.device_id is not None and (args.device_list or how == "rank"):
-        parser.error("--device_id has no effect with --device_list or torchrun: each process has its own device")
-    useless = [flag for flag in LAUNCH_FLAGS if getattr(args, flag) is not None]
-    if useless and not args.device_list:
-        parser.error(f"--{useless[0]} has no effect without --device_list, nor with torchrun, which has its own")
+    useless = {}  # {flag: why it has no effect}
+    if args.device_list or how == "rank":
+        useless["device_id"] = "with --device_list or torchrun: each process has its own device"
+    else:
+        useless["timeout"] = "without --device_list: there is nobody to wait for"
+    if not args.device_list or how == "rank" and HANDLED not in os.environ:
+        useless.update(dict.fromkeys(LAUNCH_FLAGS, "without --device_list, nor with torchrun, which has its own"))
+    for flag, reason in useless.items():
+        if getattr(args, flag) is not None:
+            parser.error(f"--{flag} {getattr(args, flag)} has no effect {reason}")
     nodes, node_rank = args.nnodes or 1, args.node_rank or 0
     if node_rank >= nodes or nodes > 1 and None in (args.master_addr, args.node_rank):
         parser.error(f"--nnodes {nodes} takes --node_rank 0 to {nodes - 1}, and if above 1 needs it and --master_addr")
+    args.timeout = args.timeout or DEFAULT_TIMEOUT
 
 
 # ---- how this process was started
@@ -239,7 +246,7 @@ def launch(args, script):
     for name in [name for name in os.environ if name.startswith("PET_")]:
         del os.environ[name]  # an operator's, for torchrun; flags here would not win over all of them
     stops = [stop.name for stop in cli.STOP_SIGNALS if signal.getsignal(stop) is not signal.SIG_IGN]  # as by nohup
-    os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join([*stops, "SIGQUIT"])  # torchrun's; PyTorch 2.6 ignores it
+    os.environ[HANDLED] = ",".join([*stops, "SIGQUIT"])
     logging.disable(logging.CRITICAL)  # torchrun's report; the ranks say what is wrong
     if args.local_addr:
         os.environ.setdefault("HCCL_IF_IP", args.local_addr)

@@ -82,8 +82,9 @@ def link_or_copy(source, target):
 
 
 def remove_leftovers(folders):
-    """Deletes the temporary files in folders whose writers were killed."""
-    for leftover in [path for folder in folders for path in folder.glob(TEMPORARY.format(16 * "[0-9a-f]"))]:
+    """Deletes the temporary files in folders whose writers were killed. A link or a pipe of such a name is left."""
+    names = [path for folder in folders for path in folder.glob(TEMPORARY.format(16 * "[0-9a-f]"))]
+    for leftover in (path for path in names if path.is_file() and not path.is_symlink()):
         with contextlib.suppress(OSError), open(leftover, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the writer lives
             leftover.unlink()

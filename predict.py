@@ -12,7 +12,7 @@ import visualize
 from device import add_one_device_flags, describe, readable_errors
 from files import output_file
 from inference import Predictor, Protocol, add_protocol_flags, check_protocol, image_of
-from voc import LABEL_FOLDERS, heic_hint, id_of, is_readable, walk
+from voc import LABEL_FOLDERS, heic_hint, id_of, is_readable, opened, walk
 from weights import add_network_flags
 
 
@@ -104,6 +104,9 @@ def counted(photographs):
 def label(predictor, path, class_file, overlay_file=None):
     """Writes the pictures of one photograph. -> the share of each class, float [C]"""
     image = image_of(path).permute(1, 2, 0).numpy()
+    with opened(path, "image") as file:
+        if getattr(file, "is_animated", False) and file.format != "MPO":  # whose others are the camera's previews
+            tqdm.write(f"note: {path}: holds several frames; the first is labelled")
     classes = predictor(image)
     visualize.save(visualize.class_picture(classes, predictor.colours), class_file)
     if overlay_file:

@@ -10,6 +10,7 @@ import io
 import itertools
 import logging
 import math
+import os
 import warnings
 
 import numpy as np
@@ -39,7 +40,7 @@ BLOCKS = 2  # samples per row of a grid of images with their labels
 BAR_LENGTH = 160  # pixels of a bar of 100%
 GAP = 6  # pixels between pictures
 ROW, COLUMN = 0, 1  # the axis along which `joined` places pictures
-JPEG_QUALITY = 90
+JPEG_SIDE, JPEG_QUALITY = 65_500, 90  # the format allows no longer sides
 
 RUNNING_PART = 10  # the running mean of the loss spans 1 / RUNNING_PART of all values
 CHART_STYLE = {"text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
@@ -52,6 +53,8 @@ ASCII = frozenset(map(chr, range(0x20, 0x7F)))
 def save(picture, path):
     """Writes a PIL image as .png or .jpg, completely or not at all. Creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jpg":
+        picture.thumbnail((JPEG_SIDE, JPEG_SIDE))  # a smaller one stays as it is
     with whole_file(path) as temporary:
         picture.save(temporary, "JPEG" if path.suffix == ".jpg" else "PNG", quality=JPEG_QUALITY)  # PNG ignores this
 
@@ -60,8 +63,11 @@ def picture_files(folder, names, kinds, read):
     """The files of some images' pictures in --save_dir: {name of an image: [path of each kind, say "overlay/{}.jpg"]}.
 
     What killed writers left there is deleted. Raises OSError if the folder cannot be written to, or a picture would
-    overwrite one of another kind or a file of `read`.
+    lie outside, or overwrite one of another kind or a file of `read`.
     """
+    for name in names:
+        if os.path.isabs(name) or ".." in name.split(os.sep):
+            raise OSError(None, "leads out of the folder of images; take a list without it", name)
     found = {name: [folder / kind.format(name) for kind in kinds] for name in names}
     for files in zip(*found.values(), strict=True):
         check_no_overlap(read, files, f"--save_dir {folder}")

@@ -4,6 +4,7 @@
 and ImageNet weights (torchvision's for vgg16 and resnet50, OpenMMLab's for *_d8). Files are read as plain tensors and
 values; nothing in them is run.
 """
+import contextlib
 import dataclasses
 import pickle
 import re
@@ -85,7 +86,27 @@ class Checkpoint:
         num_classes = next((len(state[key]) for key in CLASS_LAYERS if key in state), None)
         meta = our_meta or named_classes(meta, num_classes)
         training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
-        return cls(source, state, name, form, kind, num_classes, meta, training)
+        found = cls(source, state, name, form, kind, num_classes, meta, training)
+        with intact(source):
+            found.check()
+        return found
+
+    def check(self):
+        """Raises an exception of some type if what train.py wrote was edited into what a run cannot use."""
+        meta, texts, shapes = self.meta, [*(self.names() or ())], set()
+        if len(texts) not in (0, self.num_classes):
+            raise ValueError(f"{len(texts)} names of {self.num_classes} classes")
+        numbers = [*(self.scale() or ()), meta.get("args", {}).get("pad_to") or 0]
+        for ids in filter(None, map(meta.get, ("lists", "images"))):
+            texts += [*ids["train"], *ids["val"]]
+        if self.training:
+            progress, states = self.training["progress"], self.training["optimizer"]["state"].values()
+            texts += [meta["digests"]["train"], meta["digests"]["val"]]
+            numbers += [meta["ranks"], *(value for name, value in progress.items() if name != "sums")]
+            shapes = {value.shape for own in states for value in own.values() if torch.is_tensor(value) and value.ndim}
+        "".join(texts), sum(numbers), self.colours()
+        if not shapes <= {value.shape for value in self.state.values()}:
+            raise ValueError("momentum of other shapes than the weights")
 
     def __str__(self):
         return f"{self.backbone} from {self.source}: {self.kind}"
@@ -148,6 +169,15 @@ class Checkpoint:
     def iteration(self):
         """The iteration it was saved at, or None for files of others."""
         return self.training and self.training["progress"]["iteration"]
+
+
+@contextlib.contextmanager
+def intact(path):
+    """A context in which whatever the content of a damaged or edited file leads to is one line that names the file."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: the file is damaged ({first_line(error)}); restore it, or name another") from None
 
 
 def check_backbone(source, backbone, wanted):

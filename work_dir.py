@@ -26,7 +26,7 @@ from tqdm import tqdm
 import files
 from cli import Output, UserError
 from metrics import MEANS, class_table, for_json, format_table, number, summary
-from weights import Checkpoint
+from weights import Checkpoint, intact
 
 OWN_NAME = re.compile(r"iter_(0|[1-9]\d*)\.pth")  # other files in the folder are left alone
 PICTURES = ("curves", "confusion", "val_samples")  # .png, drawn at each evaluation
@@ -80,8 +80,9 @@ class WorkDir(contextlib.ExitStack):
 
         A lock of `lockf` belongs to one process; forked workers would keep one of `flock`.
         """
-        with writing(self.path / ".lock"):
-            self.lock_file = self.enter_context(open(self.path / ".lock", "a+"))
+        with writing(self.path / ".lock"):  # which is truncated: no link is followed
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self.lock_file = self.enter_context(open(descriptor, "r+"))
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -235,7 +236,8 @@ class WorkDir(contextlib.ExitStack):
     def metrics(self):
         """The lines of metrics.jsonl as dicts; a last line cut short by a crash is left out."""
         content = self.metrics_path.read_bytes() if self.metrics_path.is_file() else b""
-        return [json.loads(line) for line in content.split(b"\n")[:-1]]
+        with intact(self.metrics_path):
+            return [{**line, "iter": int(line["iter"])} for line in map(json.loads, content.split(b"\n")[:-1])]
 
     def save(self, content, number, best):
         """Writes a checkpoint as latest.pth, as iter_<number>.pth unless `number` is None, and as best.pth if it is the
@@ -268,9 +270,11 @@ class WorkDir(contextlib.ExitStack):
                  "code": output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
                                    "--abbrev=40", "--exclude=*"),  # the commit, and whether files have changed since
                  "data": {"classes": list(data.classes), **lists}}
-        entries = json.loads(self.record_path.read_bytes())["starts"] if self.record_path.exists() else []
+        with intact(self.record_path):
+            entries = json.loads(self.record_path.read_bytes())["starts"] if self.record_path.exists() else []
+            content = files.as_json({"starts": [*entries, entry]})
         with writing(self.record_path):
-            files.write_whole(self.record_path, files.as_json({"starts": [*entries, entry]}))
+            files.write_whole(self.record_path, content)
         if self.board:
             from torch.utils.tensorboard.summary import hparams  # here, as the package is optional
 

@@ -183,8 +183,9 @@ def test_ascend_device_id_is_heeded_on_an_npu_alone_and_not_under_torchrun(cpu_r
             "TORCHELASTIC_RUN_ID": "none"}
     done = run(TRAIN, *flags_of(drawn_voc, tmp_path / "run", "--max_iters", 1), env={**there, **rank})
     assert "device: 1 x npu:0 (" in done.stdout and not done.stderr
-    line = error_line(*predict, "--device", "npu", env={**there, "ASCEND_DEVICE_ID": "7"})
-    assert "no npu device 7; there are 2" in line and "--device_id" in line
+    for value, words in (("x", "ASCEND_DEVICE_ID=x: takes a whole number"), ("7", "no npu device 7; there are 2")):
+        line = error_line(*predict, "--device", "npu", env={**there, "ASCEND_DEVICE_ID": value})
+        assert words in line and "--device_id" in line
 
 
 def test_a_missing_device_is_said_before_any_waiting(drawn_voc, tmp_path):

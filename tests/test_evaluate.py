@@ -250,12 +250,14 @@ def test_a_photograph_that_is_not_there_is_no_matter_of_lists(tmp_path, use):
 
 
 def test_no_label_or_photograph_is_ever_overwritten(checkpoint, own_drawn_voc, tmp_path):
-    """Nor through links, nor where ids have sub-folders, nor by the JSON."""
+    """Nor through links, nor where ids have sub-folders, nor by the JSON; ids that lead out of the folder are refused.
+    """
     labels, lists = own_drawn_voc / "SegmentationClass", own_drawn_voc / "ImageSets/Segmentation"
     for folder, kind in ((labels, ".png"), (own_drawn_voc / "JPEGImages", ".jpg")):
         (folder / "sub").mkdir()
         (folder / f"drawn_val_0000{kind}").rename(folder / f"sub/drawn_val_0000{kind}")
     (lists / "sub.txt").write_text("sub/drawn_val_0000\n")
+    (lists / "out.txt").write_text("../SegmentationClass/drawn_val_0001\n")
     (tmp_path / "link").symlink_to(labels)
     overlay = tmp_path / "photographs/overlay"
     overlay.parent.mkdir()
@@ -266,7 +268,8 @@ def test_no_label_or_photograph_is_ever_overwritten(checkpoint, own_drawn_voc, t
                          (("--split", "train", "--save_dir", tmp_path / "link"), "would overwrite"),
                          (("--split", "sub", "--save_dir", labels), "would overwrite"),
                          (("--split", "sub", "--save_dir", overlay.parent, "--overlay"), "would overwrite"),
-                         (("--split", "sub", "--json", labels / "sub/drawn_val_0000.png"), "would overwrite")):
+                         (("--split", "sub", "--json", labels / "sub/drawn_val_0000.png"), "would overwrite"),
+                         (("--split", "out", "--save_dir", tmp_path / "pictures"), "leads out of the folder")):
         line = evaluate(checkpoint, own_drawn_voc, *flags, status=1).stderr.strip()
         assert words in line and "\n" not in line, line
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

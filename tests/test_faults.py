@@ -184,9 +184,9 @@ def test_a_port_in_use_and_a_master_that_does_not_answer(drawn_voc, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--addr", "10.0.0.1"), "no effect without --device_list"),
+    (("--addr", "10.0.0.1"), "no effect without --device_list"), (("--timeout", 5), "no effect without --device_list"),
     (("--device_list", "0,1", "--device_id", 0), "each process has its own device"),
-    (("--device_list", "0,x"), "--device_list"),
+    (("--device_list", "0,0"), "each device once"), (("--device_list", "0,x"), "--device_list"),
     (("--device_list", "0", "--node_rank", 1), "--nnodes"),
     (("--device_list", "0", "--nnodes", 2, "--node_rank", 0), "--master_addr")])
 def test_flags_of_several_processes_that_make_no_sense(drawn_voc, flags, words, capsys):

@@ -31,14 +31,15 @@ def test_a_part_of_a_schedulers_variables_is_one_line(environment, words, drawn_
 def test_flags_of_the_launcher_are_refused_where_torchrun_was_called_by_hand(drawn_voc, tmp_path):
     environment = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    arguments = ["--data_path", str(drawn_voc), "--nnodes", "1"]
+    arguments = ["--data_path", str(drawn_voc), "--device_list", "0,1", "--nnodes", "1"]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
         with pytest.raises(SystemExit) as ended:
             parse_args(arguments)
         assert ended.value.code == 2
-        assert parse_args([*arguments, "--device_list", "0,1"]).nnodes == 1  # as `launch` calls its ranks
+        patch.setenv("PET_SIGNALS_TO_HANDLE", "SIGTERM")  # as `launch` does
+        assert parse_args(arguments).nnodes == 1
 
 
 @pytest.mark.parametrize("environment", ({"WORLD_SIZE": ""}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "", "RANK": ""}))

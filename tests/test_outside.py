@@ -310,6 +310,16 @@ def test_ctrl_c_keeps_the_csv_of_what_was_done(checkpoint, photographs, tmp_path
     assert len(lines) == 2 and GBK + b".png" in lines[1]
 
 
+def test_of_several_frames_the_first_is_labelled_and_a_line_says_so(checkpoint, tmp_path):
+    frames = [Image.new("L", (9, 9), grey) for grey in (0, 255)]
+    for name, more in (("a.gif", frames[1:]), ("b.tif", frames[1:]), ("c.gif", [])):
+        frames[0].save(tmp_path / name, save_all=True, append_images=more)
+    output = run(PREDICT, checkpoint, tmp_path, "--device", "cpu", "--save_dir", tmp_path / "out").stdout
+    assert output.count("holds several frames") == 2
+    for name in ("a.gif", "b.tif"):
+        assert f"note: {tmp_path / name}: holds several frames; the first is labelled\n" in output
+
+
 def test_over_many_shapes_of_image_the_memory_is_bounded(tmp_path):
     """By fewer operators that oneDNN keeps: over 90 shapes their code takes more than the rest of the growth."""
     program = """import sys

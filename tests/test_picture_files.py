@@ -57,6 +57,12 @@ def test_a_picture_is_saved_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == before and [entry.name for entry in path.parent.iterdir()] == ["a.png"]
 
 
+def test_a_jpeg_has_no_longer_sides_than_the_format_allows(tmp_path):
+    visualize.save(Image.new("RGB", (70_000, 200)), tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as saved:
+        assert saved.format == "JPEG" and saved.size == (65_500, 187)
+
+
 def test_a_class_picture_holds_the_classes_and_shows_their_colours(tmp_path):
     classes = np.arange(256, dtype=np.uint8).reshape(16, 16)
     visualize.save(visualize.class_picture(classes, colours()), tmp_path / "a.png")

@@ -350,6 +350,13 @@ def test_a_file_system_without_locks_is_a_note(drawn_voc, tmp_path, monkeypatch)
         assert output.count(f"note: the file system of {tmp_path / 'run'} has no locks (No locks available)") == 1
 
 
+@pytest.mark.parametrize("error", (RuntimeError("can't start new thread"),
+                                   BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")))
+def test_a_limit_on_processes_is_one_line(error):
+    message = cli.message_of(error)
+    assert "no more threads or processes can be started" in message and "ulimit -u" in message and "\n" not in message
+
+
 def test_a_rank_that_sigkill_ended_makes_one_think_of_memory(capsys):
     failure = types.SimpleNamespace(exitcode=-signal.SIGKILL, signal_name=lambda: "SIGKILL")
     assert device.status_of({1: failure}) == 128 + signal.SIGKILL

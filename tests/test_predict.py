@@ -78,6 +78,7 @@ def test_photographs_of_every_kind_are_labelled_alike_and_others_named(checkpoin
     Image.fromarray(photograph(300, 1)).save(folder / "thin.jpg")
     Image.fromarray(photograph(1, 2000)).save(folder / "flat.jpg")
     Image.fromarray(photograph(1, 1)).save(folder / "dot.png")
+    Image.new("L", (70_000, 1)).save(folder / "longer than a JPEG.png")
     (folder / ".hidden").write_text("skipped")
     (folder / "notes.txt").write_text("no image")
     (folder / "cut.jpg").write_bytes((folder / "flat.jpg").read_bytes()[:300])
@@ -90,7 +91,7 @@ def test_photographs_of_every_kind_are_labelled_alike_and_others_named(checkpoin
         assert any(name in line and words in line for line in errors), name
     assert f"skipped, Pillow does not know its format: {folder}/notes.txt\n" in done.stdout
     assert ".hidden" not in done.stdout
-    labelled = sorted([*kinds, "thin", "flat", "dot"])
+    labelled = sorted([*kinds, "thin", "flat", "dot", "longer than a JPEG"])
     assert f"{len(labelled)} photographs labelled; pictures in {out}" in done.stdout and len(kinds) == 11
     assert sorted(path.stem for path in out.glob("*.png")) == labelled
     assert sorted(path.stem for path in out.glob("overlay/*.jpg")) == labelled

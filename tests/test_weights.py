@@ -6,6 +6,7 @@ import http.server
 import os
 import pickle
 import shlex
+import shutil
 import sys
 import threading
 
@@ -13,7 +14,7 @@ import numpy
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, error_line, run, train_flags
+from conftest import ROOT, error_line, run, train, train_flags
 
 from amp import Precision, fused_sgd
 from cli import UserError
@@ -244,6 +245,40 @@ def test_a_plain_pickle_is_not_said_to_be_made_plain(tmp_path):
     (tmp_path / "a.pth").write_bytes(pickle.dumps({"state_dict": {}, "meta": argparse.Namespace()}))
     with pytest.raises(UserError, match="damaged, or a plain pickle"):
         Checkpoint.read(tmp_path / "a.pth")
+
+
+EDITS = {"lists": ("meta", "lists", 5), "ids": ("meta", "lists", {"train": [1], "val": []}),
+         "images": ("meta", "images", 5), "hashes": ("meta", "images", {"train": ["a"]}), "pad_to": (
+             "meta", "args", {"pad_to": "x"}),
+         "names": ("meta", "classes", ["a"]), "colours": ("meta", "palette", [[0, 0, 300]] * 21),
+         "backbone": ("meta", "backbone", 7), "scale": ("meta", "scale", "large"), "ranks": ("meta", "ranks", None),
+         "digests": ("meta", "digests", {}), "iteration": ("progress", "iteration", "six"),
+         "evaluated": ("progress", "evaluated", None),
+         "momentum": ("optimizer", "state", {0: {"momentum_buffer": torch.ones(3)}}),
+         "no_momentum": ("optimizer", "state", {0: 5}), "others_momentum": (
+             "optimizer", "state", {1000: {"momentum_buffer": torch.ones(3)}}), "state": ("optimizer", "state", [])}
+
+
+def test_a_checkpoint_of_ours_that_was_edited_is_one_line(drawn_voc, tmp_path):
+    """And the one before it is used. What train.py writes is read, also after a step that was skipped."""
+    train(drawn_voc, tmp_path / "run", "--max_iters", 2, "--checkpoint_interval", 1)
+    latest = tmp_path / "run/ckpt/latest.pth"
+    for name, (part, key, value) in EDITS.items():
+        content = torch.load(latest, weights_only=True)
+        content[part][key] = value
+        torch.save(content, tmp_path / "edited.pth")
+        with pytest.raises(UserError, match="edited.pth: (the file is damaged|is of backbone)"):
+            Checkpoint.read(tmp_path / "edited.pth")
+            pytest.fail(name)
+        (tmp_path / "edited.pth").rename(tmp_path / f"{name}.pth")
+    content = torch.load(latest, weights_only=True)
+    content["optimizer"]["state"] = {0: {"momentum_buffer": None}}
+    torch.save(content, tmp_path / "skipped.pth")
+    Checkpoint.read(tmp_path / "skipped.pth")
+    for path in (latest, tmp_path / "run/ckpt/iter_2.pth"):
+        shutil.copy(tmp_path / "momentum.pth", path)
+    output = train(drawn_voc, tmp_path / "run", "--max_iters", 2, "--resume", "auto").stdout
+    assert "latest.pth: the file is damaged" in output and "iter_1.pth, iteration 1" in output
 
 
 def test_momentum_that_a_checkpoint_lacks_is_zero():

@@ -2,6 +2,7 @@
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -297,7 +298,7 @@ def test_a_finished_run_without_its_best_checkpoint_keeps_its_score(whole, drawn
     assert_same_run(work_dir, whole)
 
 
-def test_metrics_that_lack_a_part(whole, drawn_voc, tmp_path):
+def test_metrics_that_lack_a_part_or_are_no_text(whole, drawn_voc, tmp_path):
     work_dir = shutil.copytree(whole, tmp_path / "run")
     path, lines = work_dir / "metrics.jsonl", (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if "mIoU" in line))
@@ -306,6 +307,10 @@ def test_metrics_that_lack_a_part(whole, drawn_voc, tmp_path):
     assert result["loss"] is result["fps"] is None and result["mIoU"] is not None
     path.write_text("".join(line for line in lines if "mIoU" not in line))
     assert "nothing is left to train" in error_line(TRAIN, *train_flags(drawn_voc, work_dir), *AUTO)
+    for content in (b'{"iter": 1, "loss": \xff}\n', b"[1]\n", b"no JSON\n"):
+        path.write_bytes(content)
+        assert "metrics.jsonl: the file is damaged (" in error_line(TRAIN, *train_flags(drawn_voc, work_dir), *AUTO)
+        assert path.read_bytes() == content
 
 
 def test_a_resumed_run_says_what_is_different(whole, own_drawn_voc, drawn_voc, tmp_path):
@@ -325,3 +330,10 @@ def test_a_resumed_run_says_what_is_different(whole, own_drawn_voc, drawn_voc, t
     result = json.loads((work_dir / "result.json").read_text())
     assert result["best_iteration"] == best and result["best_mIoU"] == scores[best]
     assert state(work_dir / "ckpt/best.pth")["progress"]["iteration"] == best
+
+
+def test_a_record_of_another_shape_is_one_line_and_stays(stopped, drawn_voc):
+    for content in (b'{"starts": 5}', b"[1]", b"no JSON", b"\xff"):
+        (stopped / "run.json").write_bytes(content)
+        assert "run.json: the file is damaged (" in error_line(TRAIN, *train_flags(drawn_voc, stopped), *AUTO)
+        assert (stopped / "run.json").read_bytes() == content
