@@ -178,6 +178,22 @@ def check_scored(data, classes, count, trained):
     return sizes, notes_on(data.split, data.ids[:count], looks, trained, empty)
 
 
+def class_names(args, checkpoint):
+    """The names of the classes: of --classes, else the checkpoint's; and a note if those of the data folder are others.
+
+    Raises UserError unless each class has a name.
+    """
+    names = read_classes(args.classes) if args.classes else checkpoint.names()
+    count = checkpoint.num_classes
+    if names is None or len(names) != count:
+        whose = f"{args.classes} has {len(names)}" if names else "but no names of them"
+        raise UserError(f"{args.checkpoint}: has {count} classes, {whose}; pass its own by --classes FILE")
+    file = Path(args.data_path, CLASS_NAMES)
+    if args.classes or not file.is_file() or read_classes(file) == names:
+        return names, None
+    return names, f"{file}: has other names than the checkpoint, whose names are used: {first_of(names, ', ')}"
+
+
 def with_every_class(parts, has):
     """Swaps images between the parts of a drawn split until both have each class, as far as that can be.
 

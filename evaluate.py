@@ -6,15 +6,14 @@ import sys
 import time
 from pathlib import Path
 
-from cli import MAX_BATCH, PROG, Parser, UserError, file_path, number, run  # isort: skip, see cli
+from cli import MAX_BATCH, PROG, Parser, file_path, number, run  # isort: skip, see cli
 
 import device
 import visualize
-from data import check_scored, open_split, val_batches
+from data import check_scored, class_names, open_split, val_batches
 from files import as_json, check_no_overlap, output_file, write_summary
 from inference import Protocol, add_protocol_flags, check_protocol, evaluate, network_on
 from metrics import MEANS, for_json, format_table, scores_of, summary
-from voc import CLASS_NAMES, LISTS, first_of, read_classes
 from weights import Checkpoint, add_network_flags
 
 CONFUSION = "confusion.png"  # in --save_dir
@@ -74,8 +73,7 @@ def main(args):
         write = picture_writer(args, data, names, checkpoint.colours()) if args.save_dir else None
         write_json = None
         if args.json:
-            root = Path(args.data_path)
-            read = [args.checkpoint, args.classes or root / CLASS_NAMES, *data.files(), *(root / LISTS).glob("*.txt")]
+            read = [args.checkpoint, *filter(None, [args.classes]), *data.files()]
             write_json = output_file(args.json, read, f"--json {args.json}")
         sizes, notes = ranks.once_a_machine(
             lambda: check_scored(data, names, args.max_images, (digests or {}).get("train", ())))
@@ -97,22 +95,6 @@ def main(args):
             if checkpoint.training is not None:  # of train.py
                 write_val_summary(checkpoint, result, protocol.batch_on(ranks.device), ranks.count, started)
         return ranks.leave()
-
-
-def class_names(args, checkpoint):
-    """The names of the classes: of --classes, else the checkpoint's; and a note if those of the data folder are others.
-
-    Raises UserError unless each class has a name.
-    """
-    names = read_classes(args.classes) if args.classes else checkpoint.names()
-    count = checkpoint.num_classes
-    if names is None or len(names) != count:
-        whose = f"{args.classes} has {len(names)}" if names else "but no names of them"
-        raise UserError(f"{args.checkpoint}: has {count} classes, {whose}; pass its own by --classes FILE")
-    file = Path(args.data_path, CLASS_NAMES)
-    if args.classes or not file.is_file() or read_classes(file) == names:
-        return names, None
-    return names, f"{file}: has other names than the checkpoint, whose names are used: {first_of(names, ', ')}"
 
 
 def report(args, checkpoint, scores, names, images, seconds):

@@ -321,8 +321,9 @@ class VOC(Dataset):
         return self.find(image_id, *own) or self.find(image_id, *sbd) or (own + sbd)[0] / f"{image_id}.png"
 
     def files(self):
-        """Every file that is read."""
-        return [path for image_id in self.ids for path in (self.image_path(image_id), self.label_path(image_id))]
+        """Every file of the folder that is read."""
+        found = [find(image_id) for image_id in self.ids for find in (self.image_path, self.label_path)]
+        return [*found, *(self.root / LISTS).glob("*.txt"), *self.root.glob(CLASS_NAMES)]
 
     def __len__(self):
         return len(self.ids)

@@ -298,8 +298,7 @@ def test_class_names_of_any_script_do_not_end_a_training_under_an_ascii_locale(o
     (own_unlisted / "class_names.txt").write_text("\n".join(names), encoding="utf-8")
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = run(ROOT / "train.py", *train_flags(own_unlisted, tmp_path / "run"), "--max_iters", 1, env=env, real=True)
-    assert "\\u732b" in done.stdout
-    assert "猫" in (tmp_path / "run/train_0.log").read_text(encoding="utf-8")
+    assert "猫" in done.stdout and "猫" in (tmp_path / "run/train_0.log").read_text(encoding="utf-8")
     assert list(state(tmp_path / "run/ckpt/best.pth")["meta"]["classes"]) == names
 
 
