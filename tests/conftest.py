@@ -147,8 +147,8 @@ def run(*command, status=0, cwd=ROOT, env=None, real=False):
     command = [str(part) for part in command]
     script = Path(command[0])
     ours = script.parent == ROOT and script.name in cli.COMMANDS
-    if ours and not real and "PYTHONPATH" not in (env or {}) and not any(
-            part.startswith(("--device_list", "--device-list")) for part in command):
+    launches = status != 2 and any(part.startswith(("--device_list", "--device-list")) for part in command)
+    if ours and not real and "PYTHONPATH" not in (env or {}) and not launches:
         done = call(script, command[1:], cwd, env)
     else:
         process = start_python(command, cwd, env)

@@ -31,24 +31,24 @@ def test_resnet50_learns_four_real_images(learn):
 
 
 @pytest.mark.parametrize("backbone, size, steps", (
-    ("resnet50_d8", 32, 6), ("resnet101_d8", 32, 6), ("resnet50", 64, 6), ("vgg16", 96, 4)))
+    ("resnet50_d8", 32, 4), ("resnet101_d8", 32, 4), ("resnet50", 64, 4), ("vgg16", 96, 2)))
 def test_the_loss_of_each_backbone_falls_on_real_images(learn, backbone, size, steps):
     """vgg16 on maps of 3 x 3: oneDNN takes 15 s for a gradient of its fc6 on maps of 2 x 2."""
     run = learn("--backbone", backbone, "--crop_size", size, "--batch_size", 1 + (size < 96), "--max_iters", steps)
     losses = [line["loss"] for line in metrics(run) if "loss" in line]
-    assert len(losses) == steps and sum(losses[-2:]) / 2 < 0.9 * losses[0]
+    assert len(losses) == steps and losses[-1] < 0.9 * losses[0]
 
 
 def test_run_1p_without_data_converts_trains_and_evaluates_a_drawn_sample(tmp_path):
-    """A sixth of its iterations are enough to tell."""
+    """A ninth of its iterations is enough to tell."""
     here = Path(sys.executable).parent
-    command = ["bash", ROOT / "run_1p.sh", "--max_iters", "30"]
+    command = ["bash", ROOT / "run_1p.sh", "--max_iters", "20"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                           env={**environment(), "PYTHON": str(here / "python"), "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "output/drawn_voc/FCN"
-    assert float(re.findall(r"mIoU ([\d.]+)", done.stdout)[-1]) > 60
-    assert json.loads((run / "result.json").read_text())["best_mIoU"] > 60
+    assert float(re.findall(r"mIoU ([\d.]+)", done.stdout)[-1]) > 40
+    assert json.loads((run / "result.json").read_text())["best_mIoU"] > 40
     assert (run / "train_0.log").exists() and "CaseName = FCN_bs4_1p_acc" in (run / "FCN_bs4_1p_acc.log").read_text()
 
 
