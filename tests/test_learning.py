@@ -40,15 +40,15 @@ def test_the_loss_of_each_backbone_falls_on_real_images(learn, backbone, size, s
 
 
 def test_run_1p_without_data_converts_trains_and_evaluates_a_drawn_sample(tmp_path):
-    """A ninth of its iterations is enough to tell."""
+    """A sixth of its iterations is enough to tell."""
     here = Path(sys.executable).parent
-    command = ["bash", ROOT / "run_1p.sh", "--max_iters", "20"]
+    command = ["bash", ROOT / "run_1p.sh", "--max_iters", "30"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                           env={**environment(), "PYTHON": str(here / "python"), "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "output/drawn_voc/FCN"
-    assert float(re.findall(r"mIoU ([\d.]+)", done.stdout)[-1]) > 40
-    assert json.loads((run / "result.json").read_text())["best_mIoU"] > 40
+    assert float(re.findall(r"mIoU ([\d.]+)", done.stdout)[-1]) > 60
+    assert json.loads((run / "result.json").read_text())["best_mIoU"] > 60
     assert (run / "train_0.log").exists() and "CaseName = FCN_bs4_1p_acc" in (run / "FCN_bs4_1p_acc.log").read_text()
 
 
