@@ -78,9 +78,8 @@ class Checkpoint:
         meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
         our_meta = upgraded(meta) if "backbone" in meta else {}
         name = theirs or our_meta.get("backbone") or ("vgg16" if TORCHFCNS <= state.keys() else backbone)
-        if name not in BACKBONES:
-            known = f"is of backbone {name}, which fcn8s.py here does not have"
-            raise UserError(f"{source}: {known if name else 'does not say which backbone it is of; add --backbone'}")
+        if name is None:
+            raise UserError(f"{source}: does not say which backbone it is of; add --backbone")
         check_backbone(source, name, backbone)
         state, form, kind = recognise(source, content, state, our_meta, name, at_once)
         num_classes = next((len(state[key]) for key in CLASS_LAYERS if key in state), None)
@@ -104,7 +103,7 @@ class Checkpoint:
             texts += [meta["digests"]["train"], meta["digests"]["val"]]
             numbers += [meta["ranks"], *(value for name, value in progress.items() if name != "sums")]
             shapes = {value.shape for own in states for value in own.values() if torch.is_tensor(value) and value.ndim}
-        "".join(texts), sum(numbers), self.colours()
+        "".join([self.backbone, *texts]), sum(numbers), self.colours()
         if not shapes <= {value.shape for value in self.state.values()}:
             raise ValueError("momentum of other shapes than the weights")
 
@@ -116,6 +115,8 @@ class Checkpoint:
         if self.num_classes is None:
             raise UserError(f"{self.source}: holds no trained network, it has none of {', '.join(CLASS_LAYERS)}; it "
                             "may do as a start: train.py --pretrained")
+        if self.backbone not in BACKBONES:
+            raise UserError(f"{self.source}: is of backbone {self.backbone}, which fcn8s.py here does not have")
         model = FCN8s(self.num_classes, self.backbone)
         model.use_form(self.form)
         if not self.holds("auxiliary_head."):
