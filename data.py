@@ -133,7 +133,7 @@ def look_over(data, parts, looks):
     absent = [data.classes[index] for index in np.flatnonzero((here > 0) & (there == 0))]
     if absent:
         notes.append(f"the list '{val}' lacks {first_of(absent, ', ')} of the list '{train}'; take another "
-                    "one by --val_split or, where the folder has no lists, by --seed and --val_fraction of a new run")
+                     "one by --val_split or, where the folder has no lists, by --seed and --val_fraction of a new run")
     alone = [data.classes[index] for index in np.flatnonzero((here == 1) & (there == 0))]
     if alone and data.origin == DRAWN:
         notes.append(f"a single image has {first_of(alone, ', ')}: it is trained on")
