@@ -235,7 +235,9 @@ class WorkDir(contextlib.ExitStack):
 
     def metrics(self):
         """The lines of metrics.jsonl as dicts; a last line cut short by a crash is left out."""
-        content = self.metrics_path.read_bytes() if self.metrics_path.is_file() else b""
+        content = b""
+        with contextlib.suppress(FileNotFoundError):
+            content = self.metrics_path.read_bytes()
         with intact(self.metrics_path):
             return [{**line, "iter": int(line["iter"])} for line in map(json.loads, content.split(b"\n")[:-1])]
 
