@@ -257,7 +257,7 @@ def launch(args, script):
     timeout = max(1, args.timeout // 2) if args.node_rank else args.timeout
     address, port = args.master_addr or DEFAULT_ADDRESS, args.master_port or DEFAULT_PORT
     if (args.nnodes or 1) > 1:
-        print(f"waiting for {args.nnodes} machines at {address}:{port}, at most {args.timeout} s", flush=True)
+        print(f"waiting for {args.nnodes} machines at {address}:{port}, at most {args.timeout} s")
     with tempfile.TemporaryDirectory(prefix="fcn8s-") as logs:
         try:
             torchrun.main([*own, f"--rdzv_conf=timeout={timeout}", f"--log_dir={logs}",

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from cli import MAX_BATCH, PROG, Parser, file_path, number, run  # isort: skip, see cli
+from cli import MAX_BATCH, PROG, Parser, UserError, file_path, number, run  # isort: skip, see cli
 
 import device
 import visualize
@@ -80,10 +80,9 @@ def main(args):
         protocol.check(sizes)
         if ranks.rank == 0:
             where = f"{ranks.count} x {device.describe(ranks.device, args.device)}"
-            print(f"{checkpoint}\n{len(sizes)} {what}, {protocol}, on {where}, {protocol.precision(ranks.device)}",
-                  flush=True)
+            print(f"{checkpoint}\n{len(sizes)} {what}, {protocol}, on {where}, {protocol.precision(ranks.device)}")
             for note in filter(None, (named, *notes, args.save_dir and visualize.missing_font(names))):
-                print(f"note: {note}", flush=True)
+                print(f"note: {note}")
         since = time.perf_counter()
         batches = val_batches(data, sizes, protocol, args.workers, ranks)
         scores = scores_of(evaluate(model, batches, protocol, ranks, write, len(sizes) // ranks.count))
@@ -129,6 +128,8 @@ def picture_writer(args, data, names, colours):
     """For evaluate's `each`: writes the pictures of an image into --save_dir, where nothing of the data lies."""
     kinds = ("{}.png", "compared/{}.png", "overlay/{}.jpg")[:2 + args.overlay]
     read, confusion = [*data.files(), *filter(None, [args.json])], args.save_dir / CONFUSION
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in data.ids):
+        raise UserError(f"--save_dir {args.save_dir}: the list has ids that lead out of the data folder; take another")
     check_no_overlap(read, [confusion], f"--save_dir {args.save_dir}")
     files = visualize.picture_files(args.save_dir, data.ids, kinds, [*read, confusion])
 

@@ -44,7 +44,7 @@ def main(args):
         if paths.setdefault(name, path) != path:
             problems.append(f"{PROG}: error: {path}: its pictures would have the names of those of {paths[name]}; "
                             "label it into another --save_dir")
-    labels = args.save_dir.rglob("*") if args.save_dir.name in LABEL_FOLDERS else ()  # of a data set
+    labels = walk(args.save_dir)[0] if args.save_dir.name in LABEL_FOLDERS else ()  # of a data set
     kinds = ("{}.png", "overlay/{}.jpg")[:1 + args.overlay]
     written = visualize.picture_files(args.save_dir, paths, kinds, [*found, *labels, *filter(None, [args.csv])])
     if args.csv:

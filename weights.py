@@ -33,6 +33,7 @@ OLDER_FORMAT = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # begins
 STATES = ("state_dict", "model_state_dict", "model")  # keys of the weights in files that hold more
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # what DataParallel and torch.compile put before a name
 KEYS_SHOWN = 3
+COUNTS = ("iteration", "evaluated", "samples", "best", "best_iteration", "skipped", "seconds")  # of train.Progress
 
 
 def add_network_flags(parser):
@@ -63,7 +64,7 @@ class Checkpoint:
 
         backbone: which one it is of, where the file does not say; "imagenet" names the ImageNet weights of it
         at_once: they are torchfcn's FCN8sAtOnce, whose keys are FCN8s's; `arch` or the file's name tell it, too
-        Raises OSError for a file that is not there, UserError for one that is damaged, unsafe, or of another backbone.
+        Raises UserError for a file that is not there, damaged, unsafe, or of another backbone.
         """
         source = str(source)
         theirs, url = published().get(source, (None, None))
@@ -73,6 +74,14 @@ class Checkpoint:
                 raise UserError(f"there are no ImageNet weights of {backbone}; add --pretrained none, or a FILE")
         check_backbone(source, theirs, backbone)
         content = download(url, source, theirs) if url else read_file(source)
+        with intact(source):
+            found = cls.of(source, content, theirs, backbone, at_once)
+            found.check()
+        return found
+
+    @classmethod
+    def of(cls, source, content, theirs, backbone, at_once):
+        """The Checkpoint of a file's content. theirs: the backbone that the name of published weights tells, or None"""
         weights = next((content[key] for key in STATES if isinstance(content.get(key), dict)), content)
         state = {WRAPPERS.sub("", str(key)): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
         meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
@@ -85,23 +94,24 @@ class Checkpoint:
         num_classes = next((len(state[key]) for key in CLASS_LAYERS if key in state), None)
         meta = our_meta or named_classes(meta, num_classes)
         training = {key: content[key] for key in TRAINING_STATE} if TRAINING_STATE <= content.keys() else None
-        found = cls(source, state, name, form, kind, num_classes, meta, training)
-        with intact(source):
-            found.check()
-        return found
+        return cls(source, state, name, form, kind, num_classes, meta, training)
 
     def check(self):
-        """Raises an exception of some type if what train.py wrote was edited into what a run cannot use."""
+        """Raises an exception of some type if a run could not use what the file says, as somebody edited it."""
         meta, texts, shapes = self.meta, [*(self.names() or ())], set()
-        if len(texts) not in (0, self.num_classes):
+        if self.form not in ("unpadded", "padded", "at_once")[:None if self.backbone == "vgg16" else 1]:
+            raise ValueError(f"form {self.form}")
+        if len(texts) not in (0, self.num_classes or len(texts)):
             raise ValueError(f"{len(texts)} names of {self.num_classes} classes")
-        numbers = [*(self.scale() or ()), meta.get("args", {}).get("pad_to") or 0]
+        long, short = self.scale() or (0, 0)
+        numbers = [long, short, meta.get("args", {}).get("pad_to") or 0]
         for ids in filter(None, map(meta.get, ("lists", "images"))):
             texts += [*ids["train"], *ids["val"]]
         if self.training:
             progress, states = self.training["progress"], self.training["optimizer"]["state"].values()
-            texts += [meta["digests"]["train"], meta["digests"]["val"]]
-            numbers += [meta["ranks"], *(value for name, value in progress.items() if name != "sums")]
+            texts += [meta["digests"]["train"], meta["digests"]["val"], *self.training["precision"]]
+            numbers += [meta["ranks"], meta["args"]["seed"], *map(progress.get, COUNTS)]
+            total, main, auxiliary, counted, skipped = progress["sums"]
             shapes = {value.shape for own in states for value in own.values() if torch.is_tensor(value) and value.ndim}
         "".join([self.backbone, *texts]), sum(numbers), self.colours()
         if not shapes <= {value.shape for value in self.state.values()}:
@@ -173,12 +183,14 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def intact(path):
+def intact(path, hint="restore it, or name another"):
     """A context in which whatever the content of a damaged or edited file leads to is one line that names the file."""
     try:
         yield
+    except UserError:
+        raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: the file is damaged ({first_line(error)}); restore it, or name another") from None
+        raise UserError(f"{path}: the file is damaged ({first_line(error)}); {hint}") from None
 
 
 def check_backbone(source, backbone, wanted):
@@ -260,23 +272,22 @@ def download(url, name, backbone):
 def read_file(path):
     """The dict in a checkpoint file, tensors on the CPU. Only tensors and plain values are read, no code is run.
 
-    Raises OSError if the file is not there, UserError if it is damaged or holds other objects.
+    Raises UserError if the file is not there, damaged, or holds other objects.
     """
-    content, problem = None, None
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such checkpoint file, nor are there published weights of that name")
     with open(path, "rb") as file:
         try:
             with warnings.catch_warnings():  # PyTorch warns about pickles that it does not read
                 warnings.simplefilter("ignore")
                 content = torch.load(file, map_location="cpu", weights_only=True)
-            if zipfile.is_zipfile(file):
-                changed = zipfile.ZipFile(file).testzip()  # compares the checksums, which torch.load does not look at
-                problem = changed and f"the file is damaged, the checksum of its part {changed} is wrong; use another"
+            changed = zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip()
+            if changed:  # the checksums, which torch.load does not look at
+                raise ValueError(f"the checksum of its part {changed} is wrong")
         except Exception as error:  # whatever the damage leads to
-            problem = why_unread(file, error)
-    if problem is None and not isinstance(content, dict):
-        problem = f"holds a {type(content).__name__}, not a checkpoint"
-    if problem:
-        raise UserError(f"{path}: {problem}")
+            raise UserError(f"{path}: {why_unread(file, error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
 
 
@@ -359,15 +370,16 @@ def load_resumed(model, args, data, ranks, start):
 
 def resume(args, optimizer, precision, data, start, progress):
     """Loads the training state of a Checkpoint. `progress` becomes the checkpoint's. -> its iteration"""
-    precision.load_state_dict(start.training["precision"])  # with apex's O2 this changes the parameters
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    # Momentum alone: the groups' settings are this run's. What the checkpoint lacks stays zero.
-    for number, state in start.training["optimizer"]["state"].items():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                # Fused SGD reads parameter and momentum in storage order, which differs between devices.
-                like = parameters[number] if value.ndim else value  # of one value: a step's number, say Adam's
-                optimizer.state[parameters[number]][name] = torch.empty_like(like).copy_(value)
+    with intact(start.source):
+        precision.load_state_dict(start.training["precision"])  # with apex's O2 this changes the parameters
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        # Momentum alone: the groups' settings are this run's. What the checkpoint lacks stays zero.
+        for number, state in start.training["optimizer"]["state"].items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    # Fused SGD reads parameter and momentum in storage order, which differs between devices.
+                    like = parameters[number] if value.ndim else value  # of one value: a step's number, say Adam's
+                    optimizer.state[parameters[number]][name] = torch.empty_like(like).copy_(value)
     vars(progress).update(start.training["progress"])
     was = start.scale(), start.meta["args"].get("pad_to")
     if was != (args.val_scale, args.pad_to) or not same_list(start.meta, data, "val"):

@@ -238,8 +238,9 @@ class WorkDir(contextlib.ExitStack):
         content = b""
         with contextlib.suppress(FileNotFoundError):
             content = self.metrics_path.read_bytes()
-        with intact(self.metrics_path):
-            return [{**line, "iter": int(line["iter"])} for line in map(json.loads, content.split(b"\n")[:-1])]
+        with intact(self.metrics_path, "fix or delete it"):
+            lines = json.loads(b"[%s]" % b",\n".join(content.split(b"\n")[:-1]))
+            return [{**line, "iter": int(line["iter"])} for line in lines]
 
     def save(self, content, number, best):
         """Writes a checkpoint as latest.pth, as iter_<number>.pth unless `number` is None, and as best.pth if it is the
@@ -272,7 +273,7 @@ class WorkDir(contextlib.ExitStack):
                  "code": output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
                                    "--abbrev=40", "--exclude=*"),  # the commit, and whether files have changed since
                  "data": {"classes": list(data.classes), **lists}}
-        with intact(self.record_path):
+        with intact(self.record_path, "fix or delete it"):
             entries = json.loads(self.record_path.read_bytes())["starts"] if self.record_path.exists() else []
             content = files.as_json({"starts": [*entries, entry]})
         with writing(self.record_path):

@@ -269,7 +269,7 @@ def test_no_label_or_photograph_is_ever_overwritten(checkpoint, own_drawn_voc, t
                          (("--split", "sub", "--save_dir", labels), "would overwrite"),
                          (("--split", "sub", "--save_dir", overlay.parent, "--overlay"), "would overwrite"),
                          (("--split", "sub", "--json", labels / "sub/drawn_val_0000.png"), "would overwrite"),
-                         (("--split", "out", "--save_dir", tmp_path / "pictures"), "leads out of the folder")):
+                         (("--split", "out", "--save_dir", tmp_path / "pictures"), "lead out of the data folder")):
         line = evaluate(checkpoint, own_drawn_voc, *flags, status=1).stderr.strip()
         assert words in line and "\n" not in line, line
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

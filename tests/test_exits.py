@@ -303,7 +303,8 @@ def test_a_command_whose_outputs_are_closed_has_its_status(tmp_path):
     done = [subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True)
             for closed in (">&- 2>&-", ">&-")]
     assert [process.returncode for process in done] == [1, 1] and done[0].stderr == ""
-    assert done[1].stderr == "evaluate.py: error: absent: No such file or directory\n"
+    assert done[1].stderr == (
+        "evaluate.py: error: absent: there is no such checkpoint file, nor are there published weights of that name\n")
 
 
 @pytest.mark.parametrize("output, reason", (("| head -1", "Broken pipe"), ("> /dev/full", "No space left on device")))
