@@ -105,7 +105,7 @@ from work_dir import WorkDir
 
 def content(number):
     return {"state_dict": {"backbone.x": torch.full((300_000,), float(number))}, "optimizer": {"state": {}},
-            "meta": {"backbone": "resnet50", "args": {}, "ranks": 1, "digests": {"train": "", "val": ""}},
+            "meta": {"backbone": "resnet50", "args": {"seed": 0}, "ranks": 1, "digests": {"train": "", "val": ""}},
             "precision": {}, "progress": dataclasses.asdict(Progress(number))}
 
 folder = WorkDir(Path(sys.argv[1]), "0", keep=2)
