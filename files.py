@@ -8,7 +8,6 @@ import platform
 import re
 import secrets
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -126,7 +125,6 @@ def output_file(path, read, flag):
     os.set_blocking(descriptor, True)
 
     def write(content):
-        sys.stdout.flush()
         with naming(path), open(descriptor, "wb") as file:
             file.write(content)
     return write

@@ -152,7 +152,6 @@ class WorkDir(contextlib.ExitStack):
     def log(self, text):
         """Prints a text, above a progress bar, and adds it to the log file once the folder exists."""
         tqdm.write(text)
-        sys.stdout.flush()
         if Output.problem:  # a closed pipe or terminal, a full disk
             text += f"\nnote: {Output.problem.strerror}; this log has every line"
             Output.problem = None
