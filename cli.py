@@ -6,6 +6,7 @@ import argparse
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib.util
 import io
 import math
@@ -47,6 +48,7 @@ if PROG in COMMANDS and Path(sys.argv[0]).resolve().parent == Path(__file__).res
         if signal.getsignal(stop) is not signal.SIG_IGN:
             signal.signal(stop, lambda number, frame: os._exit(128 + number))
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # or a broken torch_npu breaks `import torch`
+    gc.disable()  # until `run`: an import leaves no garbage, and looking for some is a sixth of PyTorch's
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else each failed try to connect prints a C++ stack
     if PROG == "predict.py":  # oneDNN keeps 1,024 operators, of which each shape of image takes a network's own
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -343,6 +345,8 @@ def run(main, parse_args):
 
     Of several ranks on a machine, only the first to fail prints its error. No worker process is left.
     """
+    gc.freeze()  # what was imported
+    gc.enable()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupted)
     sys.unraisablehook = dropped

@@ -13,10 +13,11 @@ from conftest import ROOT, environment, metrics, train
 
 @pytest.fixture
 def learn(real_voc, tmp_path):
-    """Trains on the first four images of VOC's val in the subset, as a performance run: it writes no checkpoint, which
-    takes longer than the steps. -> its folder"""
+    """Trains on the first four images of VOC's val in the subset, or the first, as a performance run: it writes no
+    checkpoint, which takes longer than the steps. -> its folder"""
     lists = real_voc / "ImageSets/Segmentation"
-    (lists / "four.txt").write_text("\n".join((lists / "val.txt").read_text().split()[:4]) + "\n")
+    for name, count in (("one", 1), ("four", 4)):
+        (lists / f"{name}.txt").write_text("\n".join((lists / "val.txt").read_text().split()[:count]) + "\n")
 
     def start(*flags, real=False):
         train(real_voc, tmp_path / "run", "--train_split", "four", "--val_split", "four", "--performance", *flags,
@@ -31,14 +32,15 @@ def test_resnet50_learns_four_real_images(learn):
     assert json.loads((run / "result.json").read_text())["mIoU"] > 30
 
 
-@pytest.mark.parametrize("backbone, size, steps", (
-    ("resnet50_d8", 32, 4), ("resnet101_d8", 32, 4), ("resnet50", 64, 4), ("vgg16", 96, 2)))
-def test_the_loss_of_each_backbone_falls_on_real_images(learn, backbone, size, steps):
-    """vgg16 on maps of 3 x 3: oneDNN takes 15 s for a gradient of its fc6 on maps of 2 x 2."""
-    run = learn("--backbone", backbone, "--crop_size", size, "--batch_size", 1 + (size < 96), "--max_iters", steps,
+@pytest.mark.parametrize("backbone, size, flags", (
+    ("resnet50_d8", 32, ()), ("resnet101_d8", 32, ()), ("resnet50", 64, ()),
+    ("vgg16", 224, ("--train_split", "one", "--batch_size", 1, "--max_iters", 3, "--scale", 448, 224))))
+def test_the_loss_of_each_backbone_falls_on_real_images(learn, backbone, size, flags):
+    """vgg16 on maps of 7 x 7: on smaller ones, oneDNN takes 4 to 17 s for the gradient of its fc6."""
+    run = learn("--backbone", backbone, "--crop_size", size, "--max_iters", 4, "--val_scale", 256, 64, *flags,
                 real=backbone == "vgg16")  # whose 3 GB the tests' process would keep
     losses = [line["loss"] for line in metrics(run) if "loss" in line]
-    assert len(losses) == steps and losses[-1] < 0.9 * losses[0]
+    assert len(losses) >= 3 and losses[-1] < 0.9 * losses[0]
 
 
 def test_run_1p_without_data_converts_trains_and_evaluates_a_drawn_sample(tmp_path):
