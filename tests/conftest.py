@@ -1,5 +1,7 @@
 """What the tests share: the project's commands, called in the tests' process or as real ones, and their data."""
 import contextlib
+import ctypes
+import gc
 import importlib
 import io
 import json
@@ -79,6 +81,18 @@ def nothing_stays_behind():
     yield
     after = state()
     assert before[0] == after[0] and not changed(before, after) and not after[2] - before[2]
+
+
+def give_memory_back():
+    """Networks lie in reference cycles, and malloc keeps what is freed. Forks of a large process are slow."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_of_a_module_is_given_back():
+    yield
+    give_memory_back()
 
 
 def environment(changes=None):

@@ -19,4 +19,5 @@ else
     find_python "$here/requirements.txt" "${modules[@]}"
 fi
 "$python" -m ruff check "$here/.."
+unset PYTHONDONTWRITEBYTECODE  # or each of the 200 processes compiles our modules
 exec "$python" -m pytest --numprocesses 2 --dist worksteal "$here" "$@"

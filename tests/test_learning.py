@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, metrics, train
+from conftest import ROOT, environment, give_memory_back, metrics, train
 
 
 @pytest.fixture
@@ -23,7 +23,8 @@ def learn(real_voc, tmp_path):
         train(real_voc, tmp_path / "run", "--train_split", "four", "--val_split", "four", "--performance", *flags,
               real=real)
         return tmp_path / "run"
-    return start
+    yield start
+    give_memory_back()
 
 
 def test_resnet50_learns_four_real_images(learn):
