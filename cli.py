@@ -138,8 +138,9 @@ def device_list(text):
 
 def class_weights(text):
     """An argparse type: a file with a number of at least 0 on each line -> tuple of float."""
+    path = file_path(text)
     try:
-        weights = tuple(map(number(0, math.inf, float), file_path(text).read_text(encoding="utf-8-sig").split()))
+        weights = tuple(map(number(0, math.inf, float), path.read_text(encoding="utf-8-sig").split()))
     except (OSError, UnicodeDecodeError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {getattr(error, 'strerror', error)}") from None
     if not any(weights):

@@ -200,7 +200,7 @@ def test_the_batches_of_a_long_training_are_not_made_in_memory():
 def test_an_empty_value_is_a_usage_error(drawn_voc, tmp_path, flag):
     """As an unset variable of a shell gives it."""
     line = error_line(ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), flag, "", status=2)
-    assert flag in line and "takes a value, not ''" in line and not (tmp_path / "run").exists()
+    assert f"{flag}: takes a value, not ''" in line and not (tmp_path / "run").exists()
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_end_a_training(drawn_voc, tmp_path, monkeypatch, pictures):
