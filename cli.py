@@ -47,8 +47,8 @@ if PROG in COMMANDS and Path(sys.argv[0]).resolve().parent == Path(__file__).res
     for stop in STOP_SIGNALS if os.getpid() == 1 else ():  # in a container; a signal's default does not end process 1
         if signal.getsignal(stop) is not signal.SIG_IGN:
             signal.signal(stop, lambda number, frame: os._exit(128 + number))
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # or a broken torch_npu breaks `import torch`
     gc.disable()  # until `run`: an import leaves no garbage, and looking for some is a sixth of PyTorch's
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # or a broken torch_npu breaks `import torch`
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else each failed try to connect prints a C++ stack
     if PROG == "predict.py":  # oneDNN keeps 1,024 operators, of which each shape of image takes a network's own
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
