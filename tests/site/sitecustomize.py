@@ -10,7 +10,7 @@ import sys
 import types
 from importlib.machinery import PathFinder
 
-COMPILER = "torch._dynamo"
+COMPILER, META_KERNELS = "torch._dynamo", "torch._meta_registrations"
 
 
 class Changing:
@@ -39,18 +39,23 @@ class StandIn(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__") and name != "__path__":  # of a search through all modules
             raise AttributeError(name)
-        if isinstance(sys.modules.get(COMPILER), StandIn):
-            del sys.modules[COMPILER]
+        for part in (COMPILER, META_KERNELS):
+            if isinstance(sys.modules.get(part), StandIn):
+                del sys.modules[part]
+        importlib.import_module(META_KERNELS)  # before the compiler, as PyTorch does: they import each other
         return getattr(importlib.import_module(self.__name__), name)
 
 
 def leave_compiler_out(torch):
-    """An optimizer's first step and DistributedDataParallel import it, for a second, to call these."""
+    """An optimizer's first step and DistributedDataParallel import it, for a second, to call these. PyTorch itself
+    imports operators without values, for a third of one; with them comes the class of generators."""
     utils = StandIn(f"{COMPILER}.utils", get_optimize_ddp_mode=lambda: "ddp_optimizer")  # the default
     rules = StandIn(f"{COMPILER}.trace_rules", clear_lru_cache=lambda: None)
     sys.modules[COMPILER] = torch._dynamo = StandIn(
         COMPILER, graph_break=lambda *arguments: None, disable=lambda function, *arguments, **options: function,
         utils=utils, trace_rules=rules)
+    if hasattr(torch._C, "_set_generator_metaclass"):  # since PyTorch 2.13
+        torch._C._set_generator_metaclass(importlib.import_module("torch._custom_class_base").CustomClassBaseMeta)
 
 
 def add_backbones(fcn8s):
@@ -67,6 +72,7 @@ def draw_nothing(inference):
 CHANGES = {"fcn8s": [add_backbones], "inference": [draw_nothing] if os.environ.get("NO_PICTURES") else [], "voc": []}
 if "--compile" not in sys.orig_argv:
     CHANGES["torch"] = [leave_compiler_out]
+    sys.modules.setdefault(META_KERNELS, StandIn(META_KERNELS))
 if "fcn8s" in sys.modules:
     add_backbones(sys.modules["fcn8s"])
 else:
