@@ -5,8 +5,6 @@ import http.server
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -15,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
-from conftest import REAL_VOC, ROOT, processes
+from conftest import REAL_VOC, ROOT, processes, start_python
 from PIL import Image
 
 import convert_voc_aug
@@ -46,15 +44,8 @@ def convert(devkit, *flags):
     return convert_voc_aug.main(convert_voc_aug.parse_args([devkit, devkit / "VOCaug", *flags]))
 
 
-def start(*command):
-    """Starts `python COMMAND...` in a process group of its own, with SIGINT's default action."""
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-
-
 def start_conversion(devkit, *flags):
-    return start(ROOT / "convert_voc_aug.py", devkit, devkit / "VOCaug", *flags)
+    return start_python((ROOT / "convert_voc_aug.py", devkit, devkit / "VOCaug", *flags), new_session=True)
 
 
 def ended(process, status):
@@ -204,7 +195,7 @@ def test_a_disk_that_is_full_is_one_line(large_devkit):
     limited = ("import resource, runpy, signal, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
                "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"  # write() fails instead
                "sys.argv[0] = 'convert_voc_aug.py'\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
-    errors = ended(start("-c", limited, large_devkit, large_devkit / "VOCaug"), 1)
+    errors = ended(start_python(("-c", limited, large_devkit, large_devkit / "VOCaug")), 1)
     assert len(errors) == 1 and "SegmentationClassAug" in errors[0] and "File too large" in errors[0]
     assert not labels(large_devkit)
 
@@ -497,8 +488,9 @@ def test_no_server_and_no_file_are_one_line(archive, target):
 @pytest.mark.parametrize("stop, status, lines", [(signal.SIGTERM, -15, 0), (signal.SIGINT, 130, 1)])
 def test_a_stopped_download_ends_without_a_traceback(archive, server, target, stop, status, lines):
     server[2].hangs = True
-    process = start("-c", f"import cli, convert_voc_aug\nconvert_voc_aug.VOC_ARCHIVE = {archive}\n"
-                    "cli.run(convert_voc_aug.main, convert_voc_aug.parse_args)\n", target, target, "--download")
+    process = start_python(("-c", f"import cli, convert_voc_aug\nconvert_voc_aug.VOC_ARCHIVE = {archive}\n"
+                            "cli.run(convert_voc_aug.main, convert_voc_aug.parse_args)\n", target, target,
+                            "--download"))
     wait_until(lambda: server[2].asked)
     process.send_signal(stop)
     errors = ended(process, status)

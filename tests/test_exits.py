@@ -300,7 +300,7 @@ def test_an_interrupt_while_pytorch_is_imported_starts_no_run(drawn_voc, tmp_pat
 def test_a_command_whose_outputs_are_closed_has_its_status(tmp_path):
     """As a daemon's may be: a file that it opens must not become its output."""
     command = f'"{sys.executable}" "{ROOT}/evaluate.py" absent --data_path d --device cpu'
-    done = [subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True)
+    done = [subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True, env=environment())
             for closed in (">&- 2>&-", ">&-")]
     assert [process.returncode for process in done] == [1, 1] and done[0].stderr == ""
     assert done[1].stderr == (

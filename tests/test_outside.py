@@ -148,10 +148,11 @@ def test_two_interrupts_end_a_command_whose_output_is_a_full_pipe(checkpoint, ph
 
 def test_an_error_that_nobody_can_read_keeps_its_status(checkpoint, tmp_path):
     command = f'"{sys.executable}" "{EVALUATE}" absent --data_path d --device cpu 2> /dev/full'
-    assert subprocess.run(["bash", "-c", command]).returncode == 1
+    assert subprocess.run(["bash", "-c", command], env=environment()).returncode == 1
     reader, writer = os.pipe()
     os.close(reader)
-    process = subprocess.Popen([sys.executable, EVALUATE, "absent", "--data_path", "d"], stdout=writer, stderr=writer)
+    process = subprocess.Popen([sys.executable, EVALUATE, "absent", "--data_path", "d"], stdout=writer, stderr=writer,
+                               env=environment())
     os.close(writer)
     assert process.wait() == 1
 
@@ -237,7 +238,7 @@ def test_photographs_with_names_that_are_not_utf8_are_labelled(locale, checkpoin
     (photographs / os.fsdecode(b"d" + GBK + b".jpg")).write_bytes(b"garbage")
     (photographs / os.fsdecode(b"e" + GBK + b".txt")).write_bytes(b"text")
     done = run(PREDICT, checkpoint, photographs, "--device", "cpu", "--overlay", "--save_dir", tmp_path / "out",
-               "--csv", tmp_path / "shares.csv", env=locale, real=True, status=1)
+               "--csv", tmp_path / "shares.csv", env=locale, real=bool(locale), status=1)
     assert "Traceback" not in done.stderr and "does not decode" in done.stderr
     assert b"d" + GBK + b".jpg: the image does not decode" in os.fsencode(done.stderr)
     assert b"e" + GBK + b".txt\n" in os.fsencode(done.stdout)
@@ -264,7 +265,7 @@ def test_a_run_on_names_that_are_not_utf8(locale, own_drawn_voc, tmp_path):
     (data / "class_names.txt").write_text("\n".join(["背景", *map(str, range(20))]))
     work_dir = tmp_path / os.fsdecode(b"run" + GBK)
     flags = [*train_flags(data, work_dir), "--max_iters", 1, "--workers", 1]
-    done = run(ROOT / "train.py", *flags, env=locale, real=True)
+    done = run(ROOT / "train.py", *flags, env=locale, real=bool(locale))
     assert "Traceback" not in done.stderr and "could not be drawn" not in done.stdout
     record = json.loads((work_dir / "run.json").read_text(encoding="utf-8"))["starts"][0]
     listed = record["data"]["train"]["ids"] + record["data"]["val"]["ids"]
@@ -275,7 +276,7 @@ def test_a_run_on_names_that_are_not_utf8(locale, own_drawn_voc, tmp_path):
     (data / "ImageSets").mkdir(exist_ok=True)
     (tmp_path / "lists").rename(lists)
     run(EVALUATE, work_dir / "ckpt/best.pth", "--data_path", data, "--split", "u", "--device", "cpu", "--json",
-        tmp_path / "scores.json", "--save_dir", tmp_path / "out", env=locale, real=True)
+        tmp_path / "scores.json", "--save_dir", tmp_path / "out", env=locale, real=bool(locale))
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert os.fsencode(scores["checkpoint"]) == os.fsencode(work_dir / "ckpt/best.pth") and "背景" in scores["classes"]
     assert len(list((tmp_path / "out").glob("u猫*.png"))) == scores["images"]
