@@ -1,4 +1,4 @@
-"""Training steps that go wrong: a context; for ranks a command, python spoiled_steps.py PLAN train.py FLAG...
+"""Training steps that go wrong: a context.
 
 A plan is "WHAT inf|nan STEPS", several of them with semicolons. WHAT: `gradient`: what goes back into the network;
 `loss`: the network's output, and with it the loss; `input`: the images, and with them BN's statistics; `sum`: the loss
@@ -8,7 +8,6 @@ SIGTERM comes.
 import contextlib
 import os
 import signal
-import sys
 from unittest import mock
 
 
@@ -52,11 +51,3 @@ def spoiled_part(what, value, steps):
     with mock.patch.object(fcn8s.FCN8s, "forward", spoiled_forward), \
             mock.patch.object(train, "losses_of", spoiled_losses):
         yield
-
-
-if __name__ == "__main__":
-    _, given_plan, *sys.argv = sys.argv  # before cli looks at it
-    import cli
-    with spoiled(given_plan):
-        import train
-        cli.run(train.main, train.parse_args)

@@ -1,7 +1,7 @@
 """A step that is left out, as its loss or gradients are NaN or Inf, leaves no trace."""
 import pytest
 import torch
-from conftest import ROOT, metrics, run, state, train_flags
+from conftest import ROOT, free_port, metrics, run, state, train_flags
 from spoiled_steps import spoiled
 
 EACH = ("--checkpoint_interval", 1, "--eval_interval", 4, "--keep", 9)
@@ -52,9 +52,8 @@ def test_a_loss_that_overflows_with_finite_gradients_changes_nothing(drawn_voc, 
 def test_a_step_is_left_out_on_all_ranks(drawn_voc, tmp_path):
     """Though only rank 1, whose network no checkpoint holds, has NaN, in step 3 in a gradient, in step 5 in all: rank 0
     neither takes these steps nor keeps their statistics, and the steps after them are whole."""
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "tests/spoiled_steps.py",
-        "gradient nan 3/1; input nan 5/1", ROOT / "train.py", *train_flags(drawn_voc, tmp_path / "run"), *EACH,
-        "--max_iters", 6, "--eval_interval", 6)
+    run(ROOT / "tests/forked_ranks.py", 2, free_port(), "gradient nan 3/1; input nan 5/1",
+        *train_flags(drawn_voc, tmp_path / "run"), *EACH, "--max_iters", 6, "--eval_interval", 6)
     assert [same_network(tmp_path / "run", number, number + 1) for number in range(2, 6)] == [True, False, True, False]
     assert skipped(tmp_path / "run") == [0, 0, 1, 1, 2, 2]
 

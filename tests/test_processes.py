@@ -19,6 +19,7 @@ from conftest import (
     start,
     state,
     train,
+    train_flags,
     wait_for_iteration,
 )
 from PIL import Image
@@ -84,35 +85,16 @@ def test_a_failed_and_a_killed_rank_come_back_and_a_stopped_run_goes_on(two_rank
     assert_same_run(work_dir, two_ranks)
 
 
-# Ranks by a fork, so that PyTorch is imported once: fork(count, port, work) calls work(Ranks) in each. What starts
-# threads, such as a network, comes after the fork, as threads do not survive it.
-FORK = """
-import os, sys, torch
-from device import join_ranks
-from train import main, parse_args
-
-
-def fork(count, port, work, args):
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_PORT=str(port),
-                              MASTER_ADDR="127.0.0.1", LOCAL_WORLD_SIZE=str(count))
-            work(join_ranks(args))
-            torch.distributed.destroy_process_group() if count > 1 else None
-            os._exit(0)
-        children.append(child)
-    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
-
-
-"""
-
-SCORE = FORK + """
+SCORE = """
+import sys
 import numpy as np
+import torch
 from data import val_batches
+from device import join_ranks
 from fcn8s import FCN8s
+from forked_ranks import fork
 from inference import Protocol, evaluate
+from train import parse_args
 from voc import VOC
 
 data, folder, *ports = sys.argv[1:]
@@ -120,26 +102,25 @@ args, protocol = parse_args(["--data_path", data, "--device", "cpu"]), Protocol(
 args.timeout = 60
 
 
-def score(ranks):
+def score():
+    ranks = join_ranks(args)
     torch.manual_seed(0)
     model, voc = FCN8s(21, "tiny"), VOC(data, "val")
     for buffer in model.buffers():
         buffer += ranks.rank  # each has BN statistics of its own
     confusion = evaluate(model, val_batches(voc, voc.check(21), protocol, 1, ranks), protocol, ranks)
     np.save(f"{folder}/{ranks.count}_{ranks.rank}.npy", confusion)
+    torch.distributed.destroy_process_group() if ranks.count > 1 else None
 
 
 for count, port in zip((1, 2, 3, 4), ports, strict=True):
-    fork(count, port, score, args)
+    fork(count, port, score)
 """
-
-def run_script(script, folder, *arguments):
-    (folder / "script.py").write_text(script)
-    return run(folder / "script.py", *arguments, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}).stdout
 
 
 def test_1_to_4_ranks_score_every_image_once(drawn_voc, tmp_path):
-    run_script(SCORE, tmp_path, drawn_voc, tmp_path, *(free_port() for _ in range(4)))
+    (tmp_path / "score.py").write_text(SCORE)
+    run(tmp_path / "score.py", drawn_voc, tmp_path, *(free_port() for _ in range(4)), env={"OMP_NUM_THREADS": "1"})
     alone = np.load(tmp_path / "1_0.npy")
     for count in (2, 3, 4):
         for rank in range(count):
@@ -171,7 +152,8 @@ def test_two_ranks_train_as_one_of_twice_the_batch(drawn_voc, tmp_path):
     """In two batches, whose gradients add up; of a network without BN, whose statistics are each rank's own."""
     flags = ("--backbone", "tiny_plain", "--max_iters", 5, "--crop_size", 32, "--scale", 128, 32)
     train(drawn_voc, tmp_path / "one", *flags, "--batch_size", 4)
-    train(drawn_voc, tmp_path / "two", *flags, "--batch_size", 1, "--accumulate", 2, "--device_list", "0,1")
+    run(ROOT / "tests/forked_ranks.py", 2, free_port(), "", *train_flags(drawn_voc, tmp_path / "two"), *flags,
+        "--batch_size", 1, "--accumulate", 2)
     train(drawn_voc, tmp_path / "start", *flags, "--batch_size", 4, "--max_iters", 1)
     one, two, first = (torch.cat([value.ravel() for value in state(tmp_path / name / "ckpt/latest.pth")[
         "state_dict"].values()]) for name in ("one", "two", "start"))

@@ -73,6 +73,7 @@ CHANGES = {"fcn8s": [add_backbones], "inference": [draw_nothing] if os.environ.g
 if "--compile" not in sys.orig_argv:
     CHANGES["torch"] = [leave_compiler_out]
     sys.modules.setdefault(META_KERNELS, StandIn(META_KERNELS))
+sys.modules.setdefault("cuda", None)  # NVIDIA's bindings, which PyTorch tries to import and can do without
 if "fcn8s" in sys.modules:
     add_backbones(sys.modules["fcn8s"])
 else:
