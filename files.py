@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-UNWRITABLE = "cannot be written to ({}); name a file in a folder that exists; if it is a pipe, start its reader first"
 TEMPORARY = ".{}.tmp"  # name of a file that is being written; short, so that a long final name stays legal
 
 
@@ -113,13 +112,13 @@ def output_file(path, read, flag):
     """
     check_no_overlap(read, [path], flag)
     own = [number for number in (1, 2) if path.exists() and os.path.samestat(path.stat(), os.fstat(number))]
-    if not own and (path.is_file() or not path.exists()):
-        target = Path(os.path.realpath(path))
-        with naming(path, UNWRITABLE):
+    message = "cannot be written to ({}); name a file in a folder that exists; if it is a pipe, start its reader first"
+    with naming(path, message):
+        if not own and (path.is_file() or not path.exists()):
+            target = Path(os.path.realpath(path))
             tempfile.TemporaryFile(dir=target.parent).close()
-        remove_leftovers([target.parent])
-        return functools.partial(write_whole, target)
-    with naming(path, UNWRITABLE):
+            remove_leftovers([target.parent])
+            return functools.partial(write_whole, target)
         # The command's own stands at the end of what was printed.
         descriptor = os.dup(own[0]) if own else os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
