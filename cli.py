@@ -283,8 +283,7 @@ def start_worker(*_):
 
 
 def kill_children():
-    """Begins the end of this process, which no further stop signal interrupts: kills its workers, as they ignore
-    SIGTERM and Python would wait for them."""
+    """Begins the end of this process: kills its workers, which ignore SIGTERM and for which Python would wait."""
     HandledStops(late_stop)  # not SIG_IGN: Python prints an error for a signal that came just before that
     threading.excepthook = lambda error: None  # a thread of a pool may raise
     for child in multiprocessing.active_children():
@@ -321,8 +320,7 @@ def discard(descriptor):
 
 
 def late_stop(number, frame):
-    """The handler of a stop signal in a process that ends already: what nobody reads does not hold it up any more, and
-    a second Ctrl-C ends it at once."""
+    """The handler of a stop signal in a process that ends already. A second Ctrl-C ends it at once."""
     Output.stopping = True
     if number == signal.SIGINT:
         signal.signal(number, signal.SIG_DFL)
@@ -335,8 +333,7 @@ def interrupted(number, frame):
 
 
 def dropped(unraisable):
-    """sys.unraisablehook: hides the exit that a stop signal's handler raised where Python drops it, as in a destructor
-    or a hook of a fork."""
+    """sys.unraisablehook: hides a stop signal's exit where Python drops it, as in a destructor or a fork's hook."""
     if not isinstance(unraisable.exc_value, SystemExit):
         sys.__unraisablehook__(unraisable)
 
@@ -401,11 +398,10 @@ def message_of(error):
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     line = line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-    threads = isinstance(error, BlockingIOError) or "can't start new thread" in str(error)
     lost = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)  # the worker's end of a pipe
     if lost or "DataLoader worker (pid" in str(error):
         line = f"a process that loads images died ({first_line(error)}); if memory ran out, lower --workers"
-    elif threads:
+    elif isinstance(error, BlockingIOError) or "can't start new thread" in str(error):
         line = f"no more threads or processes can be started ({line}); raise ulimit -u, or a container's limit of pids"
     elif isinstance(error, OSError):
         line = (f"{error.filename}: " if error.filename else "") + (error.strerror or line)
