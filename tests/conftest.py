@@ -258,7 +258,10 @@ def wait_for_iteration(process, work_dir, number):
 
 
 def read(path):
-    return path.read_text() if path.exists() else ""
+    try:
+        return path.read_text()
+    except FileNotFoundError:  # not there yet, or a resumed run has just deleted it
+        return ""
 
 
 def metrics(work_dir):
