@@ -202,6 +202,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `python tools/stress.py &` ignores it
     rng, done, since = random.Random(args.seed), collections.Counter(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         devkit = draw_data_set(Path(folder), counts={"train": 6, "val": 5, "sbd": 6})
